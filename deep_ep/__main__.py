@@ -1,0 +1,31 @@
+"""`python -m deep_ep COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import cast
+
+from deep_ep.train.cli import add_parser as add_train
+
+COMMANDS = (add_train,)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status; without one, print the help."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deep_ep", description="Expert-parallel communication for MoE models."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for add in COMMANDS:
+        add(commands)
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    return cast("Callable[[argparse.Namespace], int]", arguments.run)(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,560 @@
+"""`Buffer`: the public surface. Arguments are checked here; an engine moves the rows."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import checks
+from ._native import _C
+from .checks import Rows
+from .config import Config, align_up, default_combine_config, default_dispatch_config
+from .engines import PortableEngine
+from .engines.mesh import Mesh, MpiLikeComm, members_of, resolve_timeout
+from .errors import BufferDestroyed, ConfigError, DeepEPError
+from .event import EventHandle, EventOverlap, wait_previous
+from .handles import Handle, parse_handle
+from .layout import compute_dispatch_layout
+from .low_latency import LowLatencyMixin
+from .requests import cached_request, checked_config, fresh_request, quantized_rows, scale_format_of
+from .topology import domain_from_environment, host_identity, resolve_topology
+from .traffic import TrafficStats
+
+_live_buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
+_shared_buffers: dict[Any, Buffer] = {}
+PreviousEvent = EventOverlap | EventHandle | None
+
+
+class Buffer(LowLatencyMixin):
+    """Expert-parallel communication of one group: dispatch tokens to their experts' ranks, combine them back.
+
+    Construction is collective over the group. Operations must be called in the same order on all ranks; a breach, a
+    bad argument on one rank, or a dead rank becomes a typed error on every rank. Operations of one buffer run one at a
+    time; several Python threads may share it.
+
+    Args:
+        group: process group of the expert-parallel ranks, of any backend; or None with ``comm``.
+        num_nvl_bytes, num_rdma_bytes: sizes that callers compute with the hints of `Config`. They are kept as
+            attributes and set the size of the scratch tensors of `get_local_buffer_tensor`; they never limit a call.
+        low_latency_mode: the caller intends to use the low-latency operations.
+        num_qps_per_rank: RDMA queue pairs for each peer (used between nodes only).
+        allow_nvlink_for_low_latency_mode, allow_nvlink_for_normal_mode, allow_mnnvl, use_fabric: which links and memory
+            handles the kernels may use. No effect on the portable engine.
+        explicitly_destroy: the caller will call `destroy`; a warning says so if it was forgotten.
+        enable_shrink: let low-latency operations go on without ranks that are lost (see the mask functions).
+        comm: mpi4py communicator in place of ``group``; `SoloComm()` for a single process.
+        num_nvl_peers: ranks that share a node; default `DEEP_EP_NVL_DOMAIN`, else what the hosts say.
+        device: where scratch memory lives; default the current CUDA device if the process uses one, else the CPU.
+            Operations follow the device of their arguments.
+        timeout_s: deadline of every wait in seconds; default `DEEP_EP_TIMEOUT_S`, else 300.
+
+    Attributes:
+        rank, group, group_size, num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy, enable_shrink:
+            as given. engine: name of the engine, ``"portable"``. runtime: the engine, None once destroyed.
+        traffic: `TrafficStats`, what was moved so far.
+
+    Raises:
+        ConfigError: bad arguments. TopologyError: the ranks cannot reach each other, or disagree.
+    """
+
+    #: SMs that the default configurations use, for all buffers; see `set_num_sms`.
+    num_sms: int = 20
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: MpiLikeComm | None = None,
+        *,
+        use_fabric: bool = False,
+        allow_nvlink_for_normal_mode: bool = True,
+        num_nvl_peers: int | None = None,
+        device: str | torch.device | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.runtime: PortableEngine | None = None
+        for name, size in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
+            checks.check_count(size, name, "Buffer", minimum=0)
+        checks.check_count(num_qps_per_rank, "num_qps_per_rank", "Buffer", minimum=1)
+        if num_nvl_peers is not None:
+            checks.check_count(num_nvl_peers, "num_nvl_peers", "Buffer", minimum=1)
+        timeout = resolve_timeout(timeout_s)
+        members = members_of(group, comm)
+        self.group = group
+        self.comm = comm
+        self.rank, self.group_size = members.rank, members.size
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = enable_shrink
+        self._masked: set[int] = set()
+
+        # What a rank asks for is gathered before it is judged, so that all ranks judge the same.
+        reports = members.gather((host_identity(), num_nvl_peers or domain_from_environment()))
+        domains = [domain for _, domain in reports]
+        if len(set(domains)) != 1:
+            raise ConfigError(
+                f"ranks disagree about the NVLink domain: {domains} by rank; set DEEP_EP_NVL_DOMAIN (or num_nvl_peers) "
+                "to the same value on all ranks"
+            )
+        topology = resolve_topology(self.rank, [host for host, _ in reports], domains[0])
+        mesh = Mesh(members, timeout)
+        self.runtime = PortableEngine(
+            mesh, topology, group, _scratch_device(group, device), num_nvl_bytes, num_rdma_bytes
+        )
+        self.engine = self.runtime.name
+        _live_buffers.add(self)
+
+    # Lifetime.
+
+    def destroy(self) -> None:
+        """Free everything. Needs no peer, so it cannot hang; calling it again does nothing."""
+        runtime, self.runtime = self.runtime, None
+        if runtime is not None:
+            runtime.destroy()
+        for key in [key for key, buffer in _shared_buffers.items() if buffer is self]:
+            del _shared_buffers[key]
+
+    def __del__(self) -> None:
+        runtime = getattr(self, "runtime", None)
+        if runtime is None:
+            return
+        if self.explicitly_destroy:
+            warnings.warn(
+                "a Buffer made with explicitly_destroy=True was not destroyed; call destroy() before dropping it",
+                ResourceWarning,
+                stacklevel=1,
+            )
+        self.runtime = None
+        runtime.destroy()
+
+    @classmethod
+    def get_or_grow(
+        cls,
+        group: dist.ProcessGroup | None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        **kwargs: Any,
+    ) -> Buffer:
+        """The process's shared buffer of a group, made on first use and made anew when it is too small.
+
+        Collective when it constructs, so call it with the same sizes on all ranks. ``kwargs`` go to the constructor
+        and count only there. The old buffer is destroyed; handles stay valid.
+        """
+        key = group if group is not None else ("comm", id(kwargs.get("comm")))
+        old = _shared_buffers.get(key)
+        if old is not None and old.runtime is not None:
+            enough = old.num_nvl_bytes >= num_nvl_bytes and old.num_rdma_bytes >= num_rdma_bytes
+            if enough and old.low_latency_mode >= low_latency_mode:
+                return old
+            num_nvl_bytes = max(num_nvl_bytes, old.num_nvl_bytes)
+            num_rdma_bytes = max(num_rdma_bytes, old.num_rdma_bytes)
+            low_latency_mode = low_latency_mode or old.low_latency_mode
+            old.destroy()
+        buffer = cls(group, num_nvl_bytes, num_rdma_bytes, low_latency_mode, **kwargs)
+        _shared_buffers[key] = buffer
+        return buffer
+
+    # Facts and helpers.
+
+    @property
+    def traffic(self) -> TrafficStats:
+        """Calls, rows and bytes moved so far."""
+        return self._engine("traffic").traffic
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """True when the extension holds CUDA code for compute capability 9.0 or later."""
+        archs = [entry.partition("-")[0] for entry in _C.cuda_build_archs().split(";") if entry]
+        return any(int(arch.rstrip("af")) >= 90 for arch in archs)
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Set the SM budget of the default configurations, for all buffers. Must be even."""
+        checks.check_count(new_num_sms, "new_num_sms", "set_num_sms", minimum=0)
+        if new_num_sms % 2 != 0:
+            raise ConfigError(f"set_num_sms({new_num_sms}): expected an even number of SMs")
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event on the current stream, to pass as ``previous_event``."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """Default dispatch configuration for any number of ranks."""
+        return default_dispatch_config(num_ranks, Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """Default combine configuration for any number of ranks."""
+        return default_combine_config(num_ranks, Buffer.num_sms)
+
+    @staticmethod
+    def _unpack_bias(
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if isinstance(bias, torch.Tensor):
+            return bias, None
+        if isinstance(bias, tuple):
+            if len(bias) != 2:
+                raise ConfigError(f"bias is a tuple of {len(bias)}; expected None, one tensor, or two")
+            return bias
+        return None, None
+
+    def get_comm_stream(self) -> Any:
+        """The communication stream: a `torch.cuda.Stream`; on CPU an object that `torch.cuda.stream()` ignores."""
+        return self._engine("get_comm_stream").get_comm_stream()
+
+    def get_local_buffer_tensor(
+        self,
+        dtype: torch.dtype,
+        size: torch.Size | None = None,
+        offset: int = 0,
+        use_rdma_buffer: bool = False,
+    ) -> torch.Tensor:
+        """A view of this rank's scratch memory, free for the caller to use; operations never touch it.
+
+        Args:
+            dtype: element type of the view.
+            size: shape; None for all elements from ``offset`` on, flat.
+            offset: in bytes, a multiple of the element size.
+            use_rdma_buffer: the scratch of ``num_rdma_bytes`` instead of ``num_nvl_bytes``.
+
+        Raises:
+            ConfigError: the view does not fit.
+        """
+        scratch = self._engine("get_local_buffer_tensor").get_local_buffer_tensor(use_rdma_buffer)
+        if offset < 0 or offset > scratch.numel() or offset % dtype.itemsize != 0:
+            raise ConfigError(
+                f"get_local_buffer_tensor: offset is {offset} bytes in a scratch of {scratch.numel()} bytes; expected "
+                f"a multiple of {dtype.itemsize} within it"
+            )
+        usable = (scratch.numel() - offset) // dtype.itemsize
+        flat = scratch[offset : offset + usable * dtype.itemsize].view(dtype)
+        if size is None:
+            return flat
+        shape = torch.Size(size)
+        if shape.numel() > usable:
+            which = "num_rdma_bytes" if use_rdma_buffer else "num_nvl_bytes"
+            raise ConfigError(
+                f"get_local_buffer_tensor: {list(shape)} needs {shape.numel()} elements of {dtype}, the scratch has "
+                f"room for {usable}; construct the buffer with a larger {which}"
+            )
+        return flat[: shape.numel()].view(shape)
+
+    # Throughput operations.
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: torch.Tensor,
+        num_experts: int,
+        previous_event: PreviousEvent = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
+        """Count where the tokens of this rank go. Local: no other rank is involved.
+
+        Args:
+            topk_idx: int32 or int64 [T, K] global expert indices, -1 for no selection.
+            num_experts: E; experts that do not divide by the ranks are placed as in `deep_ep.layout`.
+
+        Returns:
+            num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank int32 [N] or None with one node,
+            num_tokens_per_expert int32 [E], is_token_in_rank bool [T, R], and the event.
+
+        Raises:
+            ConfigError: wrong dtype or shape, or an index outside [-1, E).
+        """
+        runtime = self._engine("get_dispatch_layout")
+        with torch.no_grad():
+            wait_previous(previous_event)
+            topk_idx = checks.check_topk_idx(topk_idx, "get_dispatch_layout")
+            num_experts = checks.check_num_experts(num_experts, "get_dispatch_layout")
+            layout = compute_dispatch_layout(topk_idx, num_experts, self.group_size, runtime.topology.num_nodes)
+        return (
+            layout.num_tokens_per_rank,
+            layout.num_tokens_per_rdma_rank,
+            layout.num_tokens_per_expert,
+            layout.is_token_in_rank,
+            _finished(async_finish),
+        )
+
+    def dispatch(
+        self,
+        x: Rows,
+        handle: Handle | None = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: PreviousEvent = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        *,
+        use_fp8: bool = False,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+    ) -> tuple[
+        Rows,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        list[int] | None,
+        Handle | None,
+        EventOverlap,
+    ]:
+        """Send each token once to every rank that owns one of its experts.
+
+        Args:
+            x: [T, H] of any dtype, moved as bytes; or (x of a 1-byte dtype, scales float32 or int32 [T, S]).
+            handle: of an earlier dispatch, to repeat its routing for another x (cached mode): the arguments about
+                layout and top-k must then be left out.
+            num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert: the results of
+                `get_dispatch_layout`.
+            topk_idx, topk_weights: both or neither; int32 or int64 [T, K], float32 [T, K].
+            expert_alignment: the reported tokens per expert are rounded up to a multiple of this.
+            num_worst_tokens: if positive, outputs have exactly this many rows and counts are not reported.
+            use_fp8: quantise a bf16, fp16 or fp32 x to FP8 (E4M3, 1x128 tiles) on the way; the result is then
+                (x, scales). ``round_scale``: scales are powers of two; ``use_ue8m0``: they come as exponents packed
+                four to an int32 (see `deep_ep.fp8`).
+
+        Returns:
+            recv_x: like x, [num_recv, H]: ascending source rank, then source token. Scales are contiguous.
+            recv_topk_idx: [num_recv, K], local expert index or -1, in the dtype given; None without top-k.
+            recv_topk_weights: float32 [num_recv, K], 0 where the index is -1; None without top-k.
+            num_recv_tokens_per_expert_list: tokens of each local expert; [] with ``num_worst_tokens``.
+            handle: tuple of tensors for `combine` and cached calls.
+            event: its ``event`` is None unless ``async_finish``.
+            In cached mode the middle four are None.
+
+        Raises:
+            ConfigError: bad arguments, here or on another rank. BufferOverflow: some rank would receive more than its
+            ``num_worst_tokens``. PeerError, CommTimeout: a rank died, refused, or is late.
+        """
+        runtime = self._engine("dispatch")
+        with torch.no_grad(), runtime.lock:
+            with self._refusing("dispatch"):
+                wait_previous(previous_event)
+                rows, scales = checks.check_rows(x, "dispatch")
+                checks.check_count(expert_alignment, "expert_alignment", "dispatch", minimum=1)
+                checks.check_count(num_worst_tokens, "num_worst_tokens", "dispatch", minimum=0)
+                config = checked_config(config, "dispatch") or self.get_dispatch_config(self.group_size)
+                scale_format = scale_format_of("dispatch", use_fp8, round_scale, use_ue8m0)
+                rows, scales = quantized_rows(rows, scales, scale_format)
+                if handle is not None:
+                    given = {
+                        "topk_idx": topk_idx,
+                        "topk_weights": topk_weights,
+                        "num_tokens_per_rank": num_tokens_per_rank,
+                        "is_token_in_rank": is_token_in_rank,
+                        "num_tokens_per_expert": num_tokens_per_expert,
+                    }
+                    request = cached_request(runtime.topology, rows, scales, handle, given, num_worst_tokens)
+                else:
+                    layout = (
+                        num_tokens_per_rank,
+                        num_tokens_per_rdma_rank,
+                        is_token_in_rank,
+                        num_tokens_per_expert,
+                    )
+                    topk = (topk_idx, topk_weights)
+                    request = fresh_request(runtime.topology, rows, scales, layout, topk, num_worst_tokens, config)
+            with self._all_or_nothing("dispatch"):
+                result = runtime.dispatch(request)
+        recv_x: Rows = result.rows if result.scales is None else (result.rows, result.scales)
+        if handle is not None:
+            return recv_x, None, None, None, None, _finished(async_finish, x)
+        counts = (
+            [] if num_worst_tokens else [align_up(n, expert_alignment) for n in result.num_recv_tokens_per_expert or []]
+        )
+        return recv_x, result.topk_idx, result.topk_weights, counts, result.handle, _finished(async_finish, x)
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: PreviousEvent = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Send rows back to where their tokens came from, and sum them there.
+
+        Sums are FP32: bias first, then ranks in ascending order, one rounding to x's dtype. With several nodes each
+        node's sum is rounded to x's dtype before it is added. A token that went nowhere gets the bias, or 0.
+
+        Args:
+            x: bf16, fp16 or fp32 [num_recv, H], rows as `dispatch` returned them (all of a worst-case dispatch's).
+            handle: of that dispatch. It may be used any number of times.
+            topk_weights: float32 [num_recv, K], summed over the ranks like x.
+            bias: None, or one or two tensors [T, H] of x's dtype.
+
+        Returns:
+            combined x [T, H], combined weights float32 [T, K] or None, event.
+
+        Raises:
+            ConfigError: bad arguments or a handle of another dispatch. PeerError, CommTimeout: as for `dispatch`.
+        """
+        runtime = self._engine("combine")
+        with torch.no_grad(), runtime.lock:
+            with self._refusing("combine"):
+                wait_previous(previous_event)
+                checked_config(config, "combine")
+                rows = checks.check_tensor(x, "x", "combine", dim=2, dtypes=checks.COMBINE_DTYPES)
+                route = parse_handle(handle, runtime.topology, "combine")
+                if rows.shape[0] != route.num_rows:
+                    raise ConfigError(
+                        f"combine: x has {rows.shape[0]} rows but the handle's dispatch returned {route.num_rows}; "
+                        "pass one row for each received token, in the order received"
+                    )
+                if topk_weights is not None:
+                    topk_weights = checks.check_tensor(
+                        topk_weights,
+                        "topk_weights",
+                        "combine",
+                        dim=2,
+                        dtypes=[torch.float32],
+                        shape=[route.num_rows, None],
+                        device=rows.device,
+                    )
+                biases = checks.check_bias(bias, "combine", rows, route.num_tokens)
+            with self._all_or_nothing("combine"):
+                combined, weights = runtime.combine(rows, topk_weights, biases, route)
+        return combined, weights, _finished(async_finish, x)
+
+    def internode_dispatch(
+        self,
+        x: Rows,
+        handle: Handle | None = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: PreviousEvent = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[
+        Rows,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        list[int] | None,
+        Handle | None,
+        EventOverlap,
+    ]:
+        """`dispatch` under the name that it has for groups of several nodes. Call `dispatch`: it serves both."""
+        return self.dispatch(
+            x,
+            handle,
+            num_tokens_per_rank,
+            num_tokens_per_rdma_rank,
+            is_token_in_rank,
+            num_tokens_per_expert,
+            topk_idx,
+            topk_weights,
+            expert_alignment,
+            num_worst_tokens,
+            config,
+            previous_event,
+            async_finish,
+            allocate_on_comm_stream,
+        )
+
+    def internode_combine(
+        self,
+        x: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: PreviousEvent = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """`combine` under the name that it has for groups of several nodes. Call `combine`: it serves both."""
+        return self.combine(
+            x, handle, topk_weights, bias, config, previous_event, async_finish, allocate_on_comm_stream
+        )
+
+    # Internals.
+
+    def _engine(self, operation: str) -> PortableEngine:
+        if self.runtime is None:
+            raise BufferDestroyed(f"{operation}: this buffer was destroyed; construct a new one on all ranks")
+        return self.runtime
+
+    @contextlib.contextmanager
+    def _refusing(self, operation: str) -> Iterator[None]:
+        """If the arguments are refused in this block, tell the peers, which are or will be in the same operation."""
+        try:
+            yield
+        except Exception as error:
+            if self.runtime is not None:
+                self.runtime.refuse(operation, error)
+            raise
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, operation: str) -> Iterator[None]:
+        """A failure that only this rank knows of (no memory, an interrupt) must not leave the peers waiting."""
+        try:
+            yield
+        except DeepEPError:
+            raise
+        except BaseException:
+            if self.runtime is not None:
+                self.runtime.mesh.close(f"{operation} was interrupted on this rank")
+            raise
+
+
+def _finished(async_finish: bool, x: torch.Tensor | Sequence[torch.Tensor] | None = None) -> EventOverlap:
+    """The event of a call that has been enqueued on the current stream."""
+    if not async_finish:
+        return EventOverlap()
+    kept = None if x is None else (x,) if isinstance(x, torch.Tensor) else tuple(x)
+    return EventOverlap(EventHandle(), kept)
+
+
+def _scratch_device(group: dist.ProcessGroup | None, device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        on_cuda = group is not None and "nccl" in dist.get_backend(group)
+        if on_cuda or torch.cuda.is_initialized():
+            return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@atexit.register
+def _close_all() -> None:
+    """At interpreter exit connections are dropped without waiting for anybody."""
+    for buffer in list(_live_buffers):
+        if buffer.runtime is not None:
+            buffer.runtime.destroy()
+            buffer.runtime = None

@@ -1,0 +1,121 @@
+"""Events, as the callers of this interface use them.
+
+On CPU tensors every operation has finished when it returns, so an event is complete from the start. Once a CUDA
+context exists, an event is a real CUDA event on the stream that is current where it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+from .errors import ConfigError
+
+
+class EventHandle:
+    """A point in a stream. Constructing one records it on the current stream.
+
+    Without a CUDA context there is no queued work to wait for, and the event is complete.
+    """
+
+    def __init__(self) -> None:
+        self._event: torch.cuda.Event | None = None
+        # Asking for `is_initialized` first keeps a CPU-only program from creating a CUDA context by accident.
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream())
+
+    def current_stream_wait(self) -> None:
+        """Make the current stream wait for this event (no host wait). May be called any number of times."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+    def query(self) -> bool:
+        """True when the work before the event has finished."""
+        return True if self._event is None else bool(self._event.query())
+
+
+class EventOverlap:
+    """An event plus what must stay alive until it has passed; a ``with`` block waits at its end.
+
+    Attributes:
+        event: the :class:`EventHandle`, or None for a call that already synchronised. May be assigned.
+        extra_tensors: tensors kept alive with this object.
+        hook_after_wait: function run once, after the first wait.
+    """
+
+    def __init__(
+        self,
+        event: EventHandle | None = None,
+        extra_tensors: tuple[torch.Tensor, ...] | None = None,
+    ) -> None:
+        self.event = event
+        self.extra_tensors = extra_tensors
+        self.hook_after_wait: Callable[[], None] | None = None
+
+    def current_stream_wait(self, release_handle: bool = False) -> None:
+        """Make the current stream wait for the event, then run and drop ``hook_after_wait``.
+
+        Raises:
+            ConfigError: there is no event (the call that returned this object was synchronous).
+        """
+        if self.event is None:
+            raise ConfigError(
+                "current_stream_wait() on an EventOverlap without an event: the call that returned it was synchronous "
+                "(async_finish=False), so its results are ready. Wait only on events of async_finish=True calls."
+            )
+        self.event.current_stream_wait()
+        if self.hook_after_wait is not None:
+            hook, self.hook_after_wait = self.hook_after_wait, None
+            hook()
+        if release_handle:
+            self.event = None
+
+    def register_hook_after_wait(self, hook: Callable[[], None]) -> None:
+        """Run ``hook`` after the next wait. Only one may be registered at a time.
+
+        Raises:
+            ConfigError: a hook is registered already.
+        """
+        if self.hook_after_wait is not None:
+            raise ConfigError("a hook is registered on this event already; wait on the event before adding another")
+        self.hook_after_wait = hook
+
+    def __call__(self, release_handle: bool = False) -> EventOverlap:
+        self._release_on_exit = release_handle
+        return self
+
+    def __enter__(self) -> EventOverlap:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.event is not None:
+            self.current_stream_wait(getattr(self, "_release_on_exit", False))
+
+
+def wait_previous(previous_event: EventHandle | EventOverlap | None) -> None:
+    """Make the current stream wait for ``previous_event``: None, EventHandle, or EventOverlap with or without event.
+
+    Raises:
+        ConfigError: something else was passed.
+    """
+    if previous_event is None:
+        return
+    if isinstance(previous_event, EventOverlap):
+        if previous_event.event is not None:
+            previous_event.event.current_stream_wait()
+        return
+    if isinstance(previous_event, EventHandle):
+        previous_event.current_stream_wait()
+        return
+    raise ConfigError(
+        f"previous_event is a {type(previous_event).__name__}; expected None, EventOverlap or EventHandle "
+        "(Buffer.capture() returns one)"
+    )

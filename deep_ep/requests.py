@@ -1,0 +1,153 @@
+"""From the arguments of `Buffer.dispatch` to a checked `DispatchRequest`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import checks, fp8
+from .config import Config
+from .engines.portable import DispatchRequest
+from .errors import ConfigError
+from .handles import Handle, parse_handle
+from .layout import check_topk_range
+from .topology import Topology
+
+
+def cached_request(
+    topology: Topology,
+    rows: torch.Tensor,
+    scales: torch.Tensor | None,
+    handle: Handle,
+    given: dict[str, torch.Tensor | None],
+    num_worst_tokens: int,
+) -> DispatchRequest:
+    """A dispatch that repeats the routing of ``handle``; ``given`` are arguments that exclude one."""
+    extra = [name for name, value in given.items() if value is not None]
+    if extra:
+        raise ConfigError(
+            f"dispatch: {', '.join(extra)} given together with handle; a handle fixes the routing, so leave the layout "
+            "and top-k arguments out, or leave the handle out to route anew"
+        )
+    route = parse_handle(handle, topology, "dispatch")
+    if rows.shape[0] != route.num_tokens:
+        raise ConfigError(
+            f"dispatch: x has {rows.shape[0]} tokens but the handle's dispatch had {route.num_tokens}; pass the handle "
+            "of a dispatch with the same tokens"
+        )
+    if num_worst_tokens not in (0, route.num_rows):
+        raise ConfigError(
+            f"dispatch: num_worst_tokens is {num_worst_tokens} but the handle was made with {route.num_rows} rows"
+        )
+    return DispatchRequest(rows, scales, route.in_rank, route=route)
+
+
+def fresh_request(
+    topology: Topology,
+    rows: torch.Tensor,
+    scales: torch.Tensor | None,
+    layout: tuple[torch.Tensor | None, ...],
+    topk: tuple[torch.Tensor | None, torch.Tensor | None],
+    num_worst_tokens: int,
+    config: Config,
+) -> DispatchRequest:
+    """A dispatch that routes anew.
+
+    Args:
+        layout: num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert.
+        topk: topk_idx, topk_weights.
+    """
+    operation, device = "dispatch", rows.device
+    per_rank, per_node, in_rank, per_expert = layout
+    if per_rank is None or in_rank is None or per_expert is None:
+        raise ConfigError(
+            "dispatch: without a handle, num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert are needed; "
+            "get them from get_dispatch_layout(topk_idx, num_experts)"
+        )
+    num_tokens, num_ranks = rows.shape[0], topology.num_ranks
+    i32 = [torch.int32]
+    check = checks.check_tensor
+    shape = [num_tokens, num_ranks]
+    in_rank = check(in_rank, "is_token_in_rank", operation, dim=2, dtypes=[torch.bool], shape=shape, device=device)
+    per_rank = check(per_rank, "num_tokens_per_rank", operation, dim=1, dtypes=i32, shape=[num_ranks], device=device)
+    per_expert = check(per_expert, "num_tokens_per_expert", operation, dim=1, dtypes=i32, device=device)
+    if per_expert.shape[0] == 0:
+        raise ConfigError("dispatch: num_tokens_per_expert is empty; expected one count for each expert")
+    if per_node is not None:
+        nodes = [topology.num_nodes]
+        check(per_node, "num_tokens_per_rdma_rank", operation, dim=1, dtypes=i32, shape=nodes, device=device)
+    sent = in_rank.sum(0, dtype=torch.int32)
+    if not torch.equal(sent, per_rank):
+        raise ConfigError(
+            f"dispatch: num_tokens_per_rank is {per_rank.tolist()} but is_token_in_rank counts {sent.tolist()}; pass "
+            "both from the same get_dispatch_layout"
+        )
+    topk_idx, topk_weights = topk
+    if (topk_idx is None) != (topk_weights is None):
+        raise ConfigError("dispatch: topk_idx and topk_weights are given both or neither; one is missing")
+    if num_worst_tokens and topk_idx is None:
+        raise ConfigError("dispatch: num_worst_tokens needs topk_idx and topk_weights, which tell padding rows apart")
+    if topk_idx is not None:
+        topk_idx = checks.check_topk_idx(topk_idx, operation)
+        num_topk = topk_idx.shape[1]
+        check(topk_idx, "topk_idx", operation, dim=2, shape=[num_tokens, num_topk], device=device)
+        weights_shape = [num_tokens, num_topk]
+        topk_weights = check(
+            topk_weights,
+            "topk_weights",
+            operation,
+            dim=2,
+            dtypes=[torch.float32],
+            shape=weights_shape,
+            device=device,
+        )
+        check_topk_range(topk_idx, per_expert.shape[0])
+    return DispatchRequest(
+        rows,
+        scales,
+        in_rank,
+        None,
+        topk_idx,
+        topk_weights,
+        per_expert.cpu(),
+        num_worst_tokens,
+        config.num_channels,
+    )
+
+
+def scale_format_of(operation: str, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> fp8.ScaleFormat | None:
+    """The scale format that the three flags of the interface ask for; None without FP8.
+
+    Raises:
+        ConfigError: flags that contradict each other.
+    """
+    if not use_fp8:
+        if round_scale or use_ue8m0:
+            raise ConfigError(f"{operation}: round_scale and use_ue8m0 describe FP8 scales; set use_fp8=True as well")
+        return None
+    if use_ue8m0 and not round_scale:
+        raise ConfigError(f"{operation}: use_ue8m0 stores exponents, so it needs round_scale=True as well")
+    return "ue8m0" if use_ue8m0 else "pow2" if round_scale else "fp32"
+
+
+def quantized_rows(
+    rows: torch.Tensor, scales: torch.Tensor | None, scale_format: fp8.ScaleFormat | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Quantise rows for `dispatch(use_fp8=True)`: (E4M3 [T, H], scales). Without a format, return them as they are."""
+    if scale_format is None:
+        return rows, scales
+    if scales is not None or rows.dtype not in checks.COMBINE_DTYPES:
+        raise ConfigError(
+            f"dispatch: use_fp8=True quantises a bf16, fp16 or fp32 x; got {rows.dtype}"
+            + (" with scales" if scales is not None else "")
+            + ". An x that is quantised already is passed as (x, scales) without use_fp8"
+        )
+    return fp8.quantize_1x128(rows, scale_format=scale_format)
+
+
+def checked_config(config: Any, operation: str) -> Config | None:
+    """Refuse what is not a `Config`."""
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(f"{operation}: config is a {type(config).__name__}; expected a deep_ep.Config or None")
+    return config
