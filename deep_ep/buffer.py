@@ -56,7 +56,7 @@ class Buffer(LowLatencyMixin):
         timeout_s: deadline of every wait in seconds; default `DEEP_EP_TIMEOUT_S`, else 300.
 
     Attributes:
-        rank, group, group_size, num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy, enable_shrink:
+        rank, group, comm, group_size, num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy, enable_shrink:
             as given. engine: name of the engine, ``"portable"``. runtime: the engine, None once destroyed.
         traffic: `TrafficStats`, what was moved so far.
 
@@ -95,6 +95,7 @@ class Buffer(LowLatencyMixin):
         timeout = resolve_timeout(timeout_s)
         members = members_of(group, comm)
         self.group = group
+        self.comm = comm
         self.comm = comm
         self.rank, self.group_size = members.rank, members.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes

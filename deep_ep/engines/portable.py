@@ -73,11 +73,11 @@ class Metadata:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor [n, ...] as uint8 [n, bytes of one row]."""
-    flat = tensor.reshape(tensor.shape[0], -1)
-    if flat.numel() == 0:
-        return torch.empty((tensor.shape[0], 0), dtype=torch.uint8, device=tensor.device)
-    return flat.view(torch.uint8)
+    """A contiguous tensor [n, ...] as uint8 [n, bytes of one row]; without rows, too, a row has its width."""
+    if tensor.numel() == 0:
+        width = tensor.shape[1:].numel() * tensor.element_size()
+        return torch.empty((tensor.shape[0], width), dtype=torch.uint8, device=tensor.device)
+    return tensor.reshape(tensor.shape[0], -1).view(torch.uint8)
 
 
 def split_records(table: torch.Tensor, like: Iterable[torch.Tensor]) -> list[torch.Tensor]:
