@@ -73,9 +73,7 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _new_scales(
-    rows: int, channels: int, scale_format: str, column_major: bool, device: torch.device
-) -> torch.Tensor:
+def _new_scales(rows: int, channels: int, scale_format: str, column_major: bool, device: torch.device) -> torch.Tensor:
     tiles = _ceil_div(channels, TILE)
     columns, dtype = (_ceil_div(tiles, 4), torch.int32) if scale_format == "ue8m0" else (tiles, torch.float32)
     if not column_major:
@@ -128,9 +126,7 @@ def unpack_ue8m0(packed: torch.Tensor, tiles: int) -> torch.Tensor:
     return (exponent << 23).view(torch.float32)
 
 
-def _quantize_rows_with_torch(
-    x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, scale_format: str
-) -> None:
+def _quantize_rows_with_torch(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, scale_format: str) -> None:
     rows, channels = x.shape
     tiles = _ceil_div(channels, TILE)
     padded = torch.nn.functional.pad(x.float(), (0, tiles * TILE - channels)).view(rows, tiles, TILE)
@@ -205,9 +201,7 @@ def _check_quantized(
     if q.dtype != torch.float8_e4m3fn:
         raise ConfigError(f"{operation}: q is {describe(q)}; expected float8_e4m3fn")
     if scales.device != q.device or expected.get(scales.dtype) != tuple(scales.shape):
-        wanted = " or ".join(
-            f"{str(dtype).removeprefix('torch.')} {list(shape)}" for dtype, shape in expected.items()
-        )
+        wanted = " or ".join(f"{str(dtype).removeprefix('torch.')} {list(shape)}" for dtype, shape in expected.items())
         raise ConfigError(f"{operation}: scales are {describe(scales)}; expected {wanted} on {q.device}")
 
 
@@ -217,9 +211,7 @@ def _check_out_dtype(operation: str, dtype: torch.dtype) -> int:
     return ELEMENT_TYPES[dtype]
 
 
-def dequantize_1x128(
-    q: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+def dequantize_1x128(q: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """The inverse of `quantize_1x128`: float(q) * scale in FP32, rounded once.
 
     Args:
@@ -337,9 +329,7 @@ def quantize_128x128(
     return q, scales
 
 
-def dequantize_128x128(
-    q: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+def dequantize_128x128(q: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """The inverse of `quantize_128x128`.
 
     Args:

@@ -136,13 +136,9 @@ def _check_sum(
                 )
     for tensor in bias:
         if tensor.shape[0] != num_tokens:
-            raise ConfigError(
-                f"reduce_rows: a bias is {describe(tensor)}; expected {num_tokens} rows, one a token"
-            )
+            raise ConfigError(f"reduce_rows: a bias is {describe(tensor)}; expected {num_tokens} rows, one a token")
     if weights is not None and (
-        tuple(weights.shape) != (num_tokens, num_columns)
-        or weights.dtype != torch.float32
-        or weights.device != device
+        tuple(weights.shape) != (num_tokens, num_columns) or weights.dtype != torch.float32 or weights.device != device
     ):
         raise ConfigError(
             f"reduce_rows: weights is {describe(weights)}; expected float32 {[num_tokens, num_columns]} on {device}"

@@ -77,6 +77,8 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.numel() == 0:
         width = tensor.shape[1:].numel() * tensor.element_size()
         return torch.empty((tensor.shape[0], width), dtype=torch.uint8, device=tensor.device)
+    if tensor.stride(-1) != 1:  # a last dimension of size 1 counts as contiguous with any stride
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor.reshape(tensor.shape[0], -1).view(torch.uint8)
 
 
@@ -85,7 +87,8 @@ def split_records(table: torch.Tensor, like: Iterable[torch.Tensor]) -> list[tor
     columns, start = [], 0
     for field in like:
         width = field.shape[1] * field.element_size()
-        column = table[:, start : start + width].contiguous()
+        # A copy in any case: a single row is contiguous as it lies, at an offset that may not suit the dtype.
+        column = table[:, start : start + width].clone(memory_format=torch.contiguous_format)
         columns.append(column.view(field.dtype).view(table.shape[0], field.shape[1]))
         start += width
     return columns
