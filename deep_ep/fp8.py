@@ -29,7 +29,7 @@ import torch
 
 from ._native import _C, ELEMENT_TYPES, SCALE_FORMATS, current_stream
 from .errors import ConfigError
-from .ops import describe, round_fp32, use_kernels
+from .ops import describe, round_fp32, row_major, use_kernels
 
 __all__ = [
     "E4M3_MAX",
@@ -122,7 +122,7 @@ def pack_ue8m0(scales: torch.Tensor) -> torch.Tensor:
 
 def unpack_ue8m0(packed: torch.Tensor, tiles: int) -> torch.Tensor:
     """The float32 scales [..., tiles] of packed UE8M0 words [..., ceil(tiles / 4)]."""
-    exponent = packed.contiguous().view(torch.uint8)[..., :tiles].to(torch.int32)
+    exponent = row_major(packed).view(torch.uint8)[..., :tiles].to(torch.int32)
     return (exponent << 23).view(torch.float32)
 
 

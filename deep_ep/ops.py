@@ -14,7 +14,7 @@ import torch
 from ._native import _C, ELEMENT_TYPES, current_stream
 from .errors import ConfigError
 
-__all__ = ["gather_rows", "reduce_rows", "round_fp32"]
+__all__ = ["gather_rows", "reduce_rows", "round_fp32", "row_major"]
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 _CANONICAL_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}
@@ -28,6 +28,16 @@ def describe(tensor: torch.Tensor) -> str:
     name = str(tensor.dtype).removeprefix("torch.")
     strides = "" if tensor.is_contiguous() else f" with strides {list(tensor.stride())}"
     return f"{name} {list(tensor.shape)}{strides} on {tensor.device}"
+
+
+def row_major(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the strides of a fresh one, so that it can be viewed as bytes.
+
+    `contiguous()` alone does not do: a dimension of size 1 counts as contiguous with any stride.
+    """
+    if tensor.dim() == 0 or tensor.stride(-1) == 1:
+        return tensor.contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def use_kernels(tensor: torch.Tensor) -> bool:

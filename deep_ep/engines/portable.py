@@ -77,9 +77,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.numel() == 0:
         width = tensor.shape[1:].numel() * tensor.element_size()
         return torch.empty((tensor.shape[0], width), dtype=torch.uint8, device=tensor.device)
-    if tensor.stride(-1) != 1:  # a last dimension of size 1 counts as contiguous with any stride
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.reshape(tensor.shape[0], -1).view(torch.uint8)
+    return ops.row_major(tensor).reshape(tensor.shape[0], -1).view(torch.uint8)
 
 
 def split_records(table: torch.Tensor, like: Iterable[torch.Tensor]) -> list[torch.Tensor]:

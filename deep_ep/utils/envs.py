@@ -149,6 +149,6 @@ def check_torch_deterministic() -> None:
     if torch.are_deterministic_algorithms_enabled() and fills:
         raise ConfigError(
             "torch.use_deterministic_algorithms(True) with torch.utils.deterministic.fill_uninitialized_memory=True "
-            "fills fresh outputs while peers write to them; set fill_uninitialized_memory = False (dispatch and combine are "
-            "deterministic without it)"
+            "fills fresh outputs while peers write to them; set fill_uninitialized_memory = False (dispatch and "
+            "combine are deterministic without it)"
         )
