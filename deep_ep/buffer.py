@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from .checks import Rows
 from .config import Config, align_up, default_combine_config, default_dispatch_config
 from .engines import PortableEngine
 from .engines.mesh import Mesh, MpiLikeComm, members_of, resolve_timeout
+from .engines.shared import SharedRows
 from .errors import BufferDestroyed, ConfigError, DeepEPError
 from .event import EventHandle, EventOverlap, wait_previous
 from .handles import Handle, parse_handle
@@ -56,8 +58,8 @@ class Buffer(LowLatencyMixin):
         timeout_s: deadline of every wait in seconds; default `DEEP_EP_TIMEOUT_S`, else 300.
 
     Attributes:
-        rank, group, comm, group_size, num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy, enable_shrink:
-            as given. engine: name of the engine, ``"portable"``. runtime: the engine, None once destroyed.
+        rank, group, comm, group_size, num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy,
+        enable_shrink: as given. engine: name of the engine, ``"portable"``. runtime: the engine, None once destroyed.
         traffic: `TrafficStats`, what was moved so far.
 
     Raises:
@@ -114,8 +116,9 @@ class Buffer(LowLatencyMixin):
             )
         topology = resolve_topology(self.rank, [host for host, _ in reports], domains[0])
         mesh = Mesh(members, timeout)
+        shared = SharedRows(members, enabled=os.environ.get("DEEP_EP_SHARED_MEMORY", "1") != "0")
         self.runtime = PortableEngine(
-            mesh, topology, group, _scratch_device(group, device), num_nvl_bytes, num_rdma_bytes
+            mesh, shared, topology, group, _scratch_device(group, device), num_nvl_bytes, num_rdma_bytes
         )
         self.engine = self.runtime.name
         _live_buffers.add(self)

@@ -24,6 +24,12 @@ def _shape(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def describe_value(value: Any) -> str:
+    """Type and length of a value, for messages."""
+    name = type(value).__name__
+    return f"{name} of {len(value)}" if hasattr(value, "__len__") else name
+
+
 def check_tensor(
     value: Any,
     name: str,

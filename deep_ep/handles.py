@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .checks import describe_value
 from .errors import ConfigError
 from .topology import Topology
 
@@ -217,10 +218,10 @@ def parse_handle(handle: Sequence[torch.Tensor], topology: Topology, operation: 
     """
     fields = INTRANODE_FIELDS if topology.num_nodes == 1 else INTERNODE_FIELDS
     if not isinstance(handle, (tuple, list)) or len(handle) != len(fields):
-        given = f"{type(handle).__name__} of {len(handle)}" if hasattr(handle, "__len__") else type(handle).__name__
         raise ConfigError(
-            f"{operation}: handle is a {given}; a group of {topology.num_ranks} ranks in {topology.num_nodes} node(s) "
-            f"uses a tuple of {len(fields)} tensors, the fifth element of what dispatch returned"
+            f"{operation}: handle is a {describe_value(handle)}; a group of {topology.num_ranks} ranks in "
+            f"{topology.num_nodes} node(s) uses a tuple of {len(fields)} tensors, "
+            f"the fifth element of what dispatch returned"
         )
     for name, tensor in zip(fields, handle, strict=True):
         if not isinstance(tensor, torch.Tensor):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import checks, fp8
+from .checks import describe_value
 from .config import low_latency_size_hint
 from .engines import portable_ll
 from .engines.portable import PortableEngine
@@ -336,7 +337,7 @@ class LowLatencyMixin:
     def _unpacked(self, handle: LowLatencyHandle, operation: str) -> LowLatencyHandle:
         if not isinstance(handle, (tuple, list)) or len(handle) != 5:
             raise ConfigError(
-                f"{operation}: handle is a {type(handle).__name__}; expected the tuple (src_info, layout_range, "
+                f"{operation}: handle is a {describe_value(handle)}; expected the tuple (src_info, layout_range, "
                 "num_max_dispatch_tokens_per_rank, hidden, num_experts) that low_latency_dispatch returned"
             )
         src_info, layout_range, num_max, hidden, num_experts = handle

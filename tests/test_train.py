@@ -116,9 +116,7 @@ def test_corpus_is_the_same_each_time_and_leaves_out_packages_and_tests(tmp_path
     assert first.digest == again.digest
     assert first.train_files + first.validation_files == 60
     assert b"left out" not in again.train.tobytes() + again.validation.tobytes()
-    assert len(first.train) + len(first.validation) == sum(
-        path.stat().st_size for path in tmp_path.rglob("module*.py")
-    )
+    assert len(first.train) + len(first.validation) == sum(path.stat().st_size for path in tmp_path.rglob("module*.py"))
 
 
 def test_corpus_split_is_by_file_and_stable_when_files_come_and_go(tmp_path: Path) -> None:

@@ -56,9 +56,7 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=lambda value: " ".join(value)[:30])
-def test_bad_settings_end_with_a_message(
-    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_settings_end_with_a_message(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *flags]) == 2
     assert message in capsys.readouterr().err
 
@@ -206,9 +204,7 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
 
 def run_command(*command: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, *command]
-    return subprocess.run(
-        program, env=ENV, cwd=harness.REPO_ROOT, capture_output=True, text=True, timeout=150
-    )
+    return subprocess.run(program, env=ENV, cwd=harness.REPO_ROOT, capture_output=True, text=True, timeout=150)
 
 
 def test_command_line_compares_checks_and_resumes(tmp_path: Path) -> None:

@@ -349,8 +349,9 @@ class Mesh:
         if tolerate:
             logger.warning("deep_ep: rank %d lost rank %d in %s (%s)", self.rank, peer, self._operation, what)
             return
-        # gloo puts its source position in brackets in front.
+        # gloo puts its source position in front, and advice that does not fit here behind.
         first_line = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", error.splitlines()[0]) if error else "no reason given"
+        first_line = first_line.partition(" This is typically")[0]
         failure: DeepEPError
         if "timed out" in error.lower() or "timeout" in error.lower():
             failure = CommTimeout(

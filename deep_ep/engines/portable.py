@@ -9,7 +9,7 @@ slices of x as they lie, and the token's home sums them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +25,8 @@ from ..traffic import TrafficStats
 from . import protocol
 from .mesh import Mesh
 from .protocol import METADATA_PHASE, ROWS_PHASE, Header, dtype_code
+from .shared import SharedRows
+from .transfer import Staging, Transfer, as_bytes, split_records
 
 
 @dataclass(frozen=True)
@@ -72,31 +74,12 @@ class Metadata:
     blobs: list[torch.Tensor]
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor [n, ...] as uint8 [n, bytes of one row]; without rows, too, a row has its width."""
-    if tensor.numel() == 0:
-        width = tensor.shape[1:].numel() * tensor.element_size()
-        return torch.empty((tensor.shape[0], width), dtype=torch.uint8, device=tensor.device)
-    return ops.row_major(tensor).reshape(tensor.shape[0], -1).view(torch.uint8)
-
-
-def split_records(table: torch.Tensor, like: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Take uint8 records [n, bytes] apart into [n, width] tensors with the widths and dtypes of ``like``."""
-    columns, start = [], 0
-    for field in like:
-        width = field.shape[1] * field.element_size()
-        # A copy in any case: a single row is contiguous as it lies, at an offset that may not suit the dtype.
-        column = table[:, start : start + width].clone(memory_format=torch.contiguous_format)
-        columns.append(column.view(field.dtype).view(table.shape[0], field.shape[1]))
-        start += width
-    return columns
-
-
 class PortableEngine:
     """Dispatch and combine over a :class:`Mesh`. Also what callers find as ``buffer.runtime``.
 
     Args:
         mesh: connections between the ranks.
+        shared: memory shared with the ranks of this host.
         topology: ranks and nodes.
         group: the caller's process group, used for the rows where it reaches the rows' device; or None.
         device: where scratch memory lives.
@@ -108,6 +91,7 @@ class PortableEngine:
     def __init__(
         self,
         mesh: Mesh,
+        shared: SharedRows,
         topology: Topology,
         group: dist.ProcessGroup | None,
         device: torch.device,
@@ -115,6 +99,7 @@ class PortableEngine:
         num_rdma_bytes: int,
     ) -> None:
         self.mesh = mesh
+        self._shared = shared
         self.topology = topology
         self.device = device
         self.traffic = TrafficStats()
@@ -124,7 +109,7 @@ class PortableEngine:
         self._device_collectives = _device_types_of(group)
         self._scratch_bytes = {False: num_nvl_bytes, True: num_rdma_bytes}
         self._scratch: dict[bool, torch.Tensor] = {}
-        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._staging = Staging()
         self._comm_stream: Any = None
 
     # What callers read from `buffer.runtime`.
@@ -171,8 +156,9 @@ class PortableEngine:
         """Close the connections and drop the scratch memory. Waits for no peer."""
         with self.lock:
             self.mesh.close()
+            self._shared.close()
             self._scratch.clear()
-            self._staging = torch.empty(0, dtype=torch.uint8)
+            self._staging.clear()
 
     def refuse(self, operation: str, error: Exception) -> None:
         """Tell the peers that this rank gave ``operation`` up, so that they fail at once instead of waiting."""
@@ -203,7 +189,7 @@ class PortableEngine:
         rows = request.rows.new_empty((num_rows, request.rows.shape[1]))
         # All messages are under way before the first is waited for.
         finish_metadata = self._start_metadata(request, headers, in_rank, tokens_by_dst, recv_counts)
-        self._move_rows(request.rows, tokens_by_dst, recv_counts, rows)
+        self._move_rows(request.rows, tokens_by_dst, headers, rows)
         metadata = finish_metadata()
         scales = None
         if request.scales is not None:
@@ -240,6 +226,7 @@ class PortableEngine:
             send_counts=send_counts,
             expected=route.recv_counts if route is not None else [],
             node_counts=in_rank.view(-1, num_nodes, domain).any(2).sum(0).tolist(),
+            in_memory=self._reserve(request.rows, send_counts),
         )
 
     def _start_metadata(
@@ -324,47 +311,43 @@ class PortableEngine:
         tokens = in_rank[:, columns].any(1).nonzero()
         return torch.cat([tokens.to(torch.int32), rows[tokens[:, 0]]], dim=1)
 
+    def _reserve(self, rows: torch.Tensor, counts: Sequence[int]) -> bool:
+        """Whether the rows of the operation that is about to begin lie in shared memory for the ranks of this host."""
+        if rows.device.type in self._device_collectives:
+            return False
+        remote = sum(counts) - counts[self.mesh.rank]
+        return self._shared.reserve(remote * rows.shape[1] * rows.element_size())
+
     def _move_rows(
         self,
         rows: torch.Tensor,
         tokens_by_dst: Sequence[torch.Tensor],
-        recv_counts: Sequence[int],
+        headers: dict[int, Header],
         out: torch.Tensor,
     ) -> None:
         """Fill the first rows of ``out`` with what the ranks send, in rank order."""
         rank = self.mesh.rank
-        send_counts = [len(tokens) for tokens in tokens_by_dst]
-        starts = [0, *torch.tensor(recv_counts).cumsum(0).tolist()]
+        send_counts = headers[rank].send_counts
+        recv_counts = [headers[source].send_counts[rank] for source in range(self.mesh.size)]
         if rows.device.type in self._device_collectives:
-            index = torch.cat(list(tokens_by_dst)).to(rows.device)
-            packed = ops.gather_rows(as_bytes(rows), index)
-            dist.all_to_all_single(
-                as_bytes(out[: starts[-1]]), packed, list(recv_counts), send_counts, group=self._group
-            )
+            packed = ops.gather_rows(as_bytes(rows), torch.cat(list(tokens_by_dst)).to(rows.device))
+            received = as_bytes(out[: sum(recv_counts)])
+            dist.all_to_all_single(received, packed, recv_counts, send_counts, group=self._group)
             return
         table = as_bytes(rows.cpu())
         target = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype)
-        landing = as_bytes(target)
-        batch = self.mesh.batch(ROWS_PHASE, "rows")
-        for peer in self.mesh.peers(-1):
-            batch.recv(peer, landing[starts[peer] : starts[peer + 1]].view(-1))
+        landing = as_bytes(target)[: sum(recv_counts)].split(recv_counts)
+        transfer = Transfer(self.mesh, self._shared, self._staging, ROWS_PHASE, headers, table.shape[1], list(landing))
         # Rows for one peer are on their way while those for the next are being packed.
-        staging = self._staging_rows(sum(send_counts), table.shape[1])
-        parts = staging.split(send_counts)
+        parts = transfer.outgoing()
         for peer in self.mesh.peers(1):
-            packed = ops.gather_rows(table, tokens_by_dst[peer], out=parts[peer])
-            batch.send(peer, packed.view(-1))
-        ops.gather_rows(table, tokens_by_dst[rank], out=landing[starts[rank] : starts[rank + 1]])
-        batch.wait()
+            transfer.send(peer, ops.gather_rows(table, tokens_by_dst[peer], out=parts[peer]))
+        ops.gather_rows(table, tokens_by_dst[rank], out=landing[rank])
+        for peer, part in enumerate(transfer.wait()):
+            if peer != rank and part is not landing[peer]:
+                landing[peer].copy_(part)
         if target is not out:
             out.copy_(target)
-
-    def _staging_rows(self, num_rows: int, row_bytes: int) -> torch.Tensor:
-        """uint8 [num_rows, row_bytes] of memory that every call uses again: fresh pages cost more than the copy."""
-        size = num_rows * row_bytes
-        if self._staging.numel() < size:
-            self._staging = torch.empty(size, dtype=torch.uint8)
-        return self._staging[:size].view(num_rows, row_bytes)
 
     def _finish_dispatch(
         self,
@@ -437,46 +420,50 @@ class PortableEngine:
             num_tokens=route.num_tokens,
             send_counts=route.recv_counts,
             expected=route.send_counts,
+            in_memory=self._reserve(rows, route.recv_counts),
         )
-        protocol.agree(self.mesh, header)
+        headers, _ = protocol.agree(self.mesh, header)
         slots = route.ordinals().to(rows.device)
         combined_weights = None
         if topk_weights is not None:
-            parts = self._return_rows(METADATA_PHASE, "weights", topk_weights, route)
+            parts = self._return_rows(METADATA_PHASE, topk_weights, route, None)
             combined_weights = ops.reduce_rows(parts, slots)
-        parts = self._return_rows(ROWS_PHASE, "rows", rows, route)
+        parts = self._return_rows(ROWS_PHASE, rows, route, headers)
         round_every = self.topology.domain if self.topology.num_nodes > 1 else 0
         combined = ops.reduce_rows(parts, slots, bias=bias, round_every=round_every)
         self.traffic.add_combine(route.num_recv, rows.shape[1] * rows.element_size())
         return combined, combined_weights
 
-    def _return_rows(self, phase: int, what: str, rows: torch.Tensor, route: Route) -> list[torch.Tensor]:
-        """What each rank sends back of this rank's tokens, in the order in which they went there."""
+    def _return_rows(
+        self, phase: int, rows: torch.Tensor, route: Route, headers: dict[int, Header] | None
+    ) -> list[torch.Tensor]:
+        """What each rank sends back of this rank's tokens, in the order in which they went there.
+
+        With ``headers`` the parts may lie in memory that the next operation uses again.
+        """
         rank = self.mesh.rank
         own = rows[: route.num_recv].split(route.recv_counts)
+        width, row_bytes = rows.shape[1], rows.shape[1] * rows.element_size()
         if rows.device.type in self._device_collectives:
-            landing = rows.new_empty((sum(route.send_counts), rows.shape[1]))
-            dist.all_to_all_single(
-                as_bytes(landing),
-                as_bytes(rows[: route.num_recv]),
-                route.send_counts,
-                route.recv_counts,
-                group=self._group,
-            )
+            landing = rows.new_empty((sum(route.send_counts), width))
+            sent = as_bytes(rows[: route.num_recv])
+            dist.all_to_all_single(as_bytes(landing), sent, route.send_counts, route.recv_counts, group=self._group)
             return list(landing.split(route.send_counts))
-        sends: list[torch.Tensor | None] = [as_bytes(part.cpu()).view(-1) for part in own]
         counts = [0 if source == rank else count for source, count in enumerate(route.send_counts)]
-        staging = self._staging_rows(sum(counts), rows.shape[1] * rows.element_size())
-        recvs: list[torch.Tensor | None] = [part.view(-1) for part in staging.split(counts)]
-        sends[rank] = recvs[rank] = None
-        self.mesh.exchange(phase, what, sends, recvs)
-        landed = staging.view(-1).view(rows.dtype).view(sum(counts), rows.shape[1])
-        if rows.device.type != "cpu" or phase == METADATA_PHASE:
-            # The staging memory is about to be used again.
-            landed = landed.to(rows.device, copy=True)
-        parts = list(landed.split(counts))
-        parts[rank] = own[rank]
-        return parts
+        size = sum(counts)
+        staging = self._staging.rows(size, row_bytes) if headers else torch.empty((size, row_bytes), dtype=torch.uint8)
+        transfer = Transfer(
+            self.mesh, self._shared, self._staging, phase, headers or {}, row_bytes, list(staging.split(counts))
+        )
+        parts = transfer.outgoing()
+        for peer in self.mesh.peers(1):
+            sent = as_bytes(own[peer].cpu())
+            if transfer.in_memory(peer):
+                sent = parts[peer].copy_(sent)
+            transfer.send(peer, sent)
+        received = [part.view(-1).view(rows.dtype).view(-1, width).to(rows.device) for part in transfer.wait()]
+        received[rank] = own[rank]
+        return received
 
 
 def _check_capacity(operation: str, headers: dict[int, Header]) -> None:

@@ -16,8 +16,9 @@ from .. import fp8, logfmt, ops
 from ..errors import ConfigError
 from ..layout import first_local_expert, num_local_experts, token_in_rank
 from . import protocol
-from .portable import PortableEngine, as_bytes, split_records
+from .portable import PortableEngine
 from .protocol import ROWS_PHASE, Header, dtype_code
+from .transfer import as_bytes, split_records
 
 _MARK_DTYPE = torch.int32
 

@@ -74,6 +74,7 @@ class Header:
         expected: rows that this rank expects from each rank, `UNKNOWN` where it has no handle to tell.
         node_counts: rows that this rank sends into each node, padded with 0 to the number of ranks.
         payload_bytes: bytes that this rank sends to each rank where rows have no fixed size.
+        in_memory: this rank's rows lie in its shared memory file for the ranks that map it.
         refusal: why this rank gave the operation up, empty if it did not.
     """
 
@@ -86,6 +87,7 @@ class Header:
     expected: list[int] = field(default_factory=list)
     node_counts: list[int] = field(default_factory=list)
     payload_bytes: list[int] = field(default_factory=list)
+    in_memory: bool = False
     refusal: str = ""
 
     def pack(self) -> torch.Tensor:
@@ -93,6 +95,7 @@ class Header:
         text = self.refusal.encode()[: _TEXT_WORDS * 8].ljust(_TEXT_WORDS * 8, b"\0")
         num_ranks = self.num_ranks
         words = [OPERATIONS.index(self.operation), int(bool(self.refusal)), self.num_tokens, self.capacity]
+        words.append(int(self.in_memory))
         words += [self.signature.get(name, 0) for name in _SIGNATURE_FIELDS]
         words += (self.send_counts or [0] * num_ranks) + (self.expected or [UNKNOWN] * num_ranks)
         words += self.node_counts + [0] * (num_ranks - len(self.node_counts))
@@ -104,13 +107,14 @@ class Header:
     def unpack(message: torch.Tensor, num_ranks: int) -> Header:
         text = message[-_TEXT_WORDS:].contiguous().numpy().tobytes().rstrip(b"\0").decode(errors="replace")
         words = message[:-_TEXT_WORDS].tolist()
-        lists = words[4 + len(_SIGNATURE_FIELDS) :]
+        lists = words[5 + len(_SIGNATURE_FIELDS) :]
         return Header(
             operation=OPERATIONS[words[0]],
             num_ranks=num_ranks,
-            signature=dict(zip(_SIGNATURE_FIELDS, words[4:], strict=False)),
+            signature=dict(zip(_SIGNATURE_FIELDS, words[5:], strict=False)),
             num_tokens=words[2],
             capacity=words[3],
+            in_memory=bool(words[4]),
             send_counts=lists[:num_ranks],
             expected=lists[num_ranks : 2 * num_ranks],
             node_counts=lists[2 * num_ranks : 3 * num_ranks],
