@@ -267,33 +267,26 @@ def dequantize_1x128(q: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtyp
     return out
 
 
-def _block_format(operation: str, scale_format: str) -> bool:
-    """Whether block scales are powers of two."""
-    if _check_format(operation, scale_format) == SCALE_FORMATS["ue8m0"]:
-        raise ConfigError(
-            f'{operation}: scale_format is "ue8m0", whose packing is defined for 1x128 tiles; expected "fp32" or "pow2"'
-        )
-    return scale_format == "pow2"
-
-
-def quantize_128x128(
-    w: torch.Tensor, *, scale_format: Literal["fp32", "pow2"] = "fp32"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_128x128(w: torch.Tensor, *, scale_format: ScaleFormat = "fp32") -> tuple[torch.Tensor, torch.Tensor]:
     """Quantises every 128x128 block of the last two dimensions (weights) under one scale.
 
     Args:
         w: [..., N, K] bf16, fp16 or fp32, any strides; blocks at the edges may be partial.
-        scale_format: "fp32" or "pow2".
+        scale_format: as for `quantize_1x128`.
 
     Returns:
         q: [..., N, K] float8_e4m3fn, contiguous.
-        scales: float32 [..., ceil(N / 128), ceil(K / 128)].
+        scales: float32 [..., ceil(N / 128), ceil(K / 128)], or for "ue8m0" int32 [..., ceil(N / 128),
+            ceil(ceil(K / 128) / 4)], packed along K.
 
     Raises:
         ConfigError: another dtype, fewer than two dimensions, or an unknown scale format.
     """
     _check_values("quantize_128x128", w, 2)
-    pow2 = _block_format("quantize_128x128", scale_format)
+    if _check_format("quantize_128x128", scale_format) == SCALE_FORMATS["ue8m0"]:
+        q, scales = quantize_128x128(w, scale_format="pow2")
+        return q, pack_ue8m0(scales)
+    pow2 = scale_format == "pow2"
     num_rows, channels = w.shape[-2:]
     lead = w.shape[:-2]
     blocks = (_ceil_div(num_rows, TILE), _ceil_div(channels, TILE))
@@ -334,7 +327,7 @@ def dequantize_128x128(q: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dt
 
     Args:
         q: [..., N, K] float8_e4m3fn, any strides.
-        scales: float32 [..., ceil(N / 128), ceil(K / 128)], any strides.
+        scales: float32 [..., ceil(N / 128), ceil(K / 128)] or packed int32, any strides.
         dtype: bf16, fp16 or fp32.
 
     Returns:
@@ -348,7 +341,11 @@ def dequantize_128x128(q: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dt
         raise ConfigError(f"dequantize_128x128: q is {describe(q)}; expected [..., N, K]")
     num_rows, channels = q.shape[-2:]
     blocks = (_ceil_div(num_rows, TILE), _ceil_div(channels, TILE))
-    _check_quantized("dequantize_128x128", q, scales, {torch.float32: (*q.shape[:-2], *blocks)})
+    lead = q.shape[:-2]
+    packed = (*lead, blocks[0], _ceil_div(blocks[1], 4))
+    _check_quantized("dequantize_128x128", q, scales, {torch.float32: (*lead, *blocks), torch.int32: packed})
+    if scales.dtype == torch.int32:
+        scales = unpack_ue8m0(scales, blocks[1])
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     if not q.numel():
         return out

@@ -210,6 +210,20 @@ def test_strided_inputs():
     assert torch.equal(bits(fp8.dequantize_1x128(wide_q, wide_scales)), bits(fp8.dequantize_1x128(q, scales)))
 
 
+@pytest.mark.parametrize("shape", [(128, 128), (1, 1), (130, 1300), (2, 2, 5, 140), (0, 128, 128)])
+def test_packed_block_scales(shape):
+    w = hard_values(shape, torch.bfloat16, 5)
+    q, packed = fp8.quantize_128x128(w, scale_format="ue8m0")
+    want_q, scales = fp8.quantize_128x128(w, scale_format="pow2")
+    blocks = -(-shape[-1] // 128)
+    assert packed.dtype == torch.int32 and packed.shape == (*scales.shape[:-1], -(-blocks // 4))
+    exponents = packed.contiguous().numpy().view(np.uint8).astype(np.int32)
+    assert np.array_equal(exponents[..., :blocks] << 23, scales.numpy().view(np.int32))
+    assert not exponents[..., blocks:].any()
+    assert torch.equal(bits(q), bits(want_q))
+    assert torch.equal(bits(fp8.dequantize_128x128(q, packed)), bits(fp8.dequantize_128x128(want_q, scales)))
+
+
 @pytest.mark.parametrize(
     "shape", [(128, 128), (1, 1), (130, 300), (3, 257, 128), (2, 2, 5, 140), (0, 128, 128), (2, 0, 7)]
 )
@@ -287,7 +301,7 @@ def test_errors():
         ("scales are", lambda: fp8.dequantize_1x128(q, scales.double())),
         ("dtype is", lambda: fp8.dequantize_1x128(q, scales, dtype=torch.float64)),
         ("at least 2 dimensions", lambda: fp8.quantize_128x128(x[0])),
-        ("ue8m0", lambda: fp8.quantize_128x128(x, scale_format="ue8m0")),
+        ("scale_format is", lambda: fp8.quantize_128x128(x, scale_format="e8m0")),
         (r"float32 \[1, 2\]", lambda: fp8.dequantize_128x128(q, scales)),
         (r"expected \[T, H\]", lambda: fp8.quantize_transposed(x.view(2, 2, 256))),
     ]
