@@ -137,10 +137,11 @@ class PortableEngine:
         return torch.cuda.current_device() if self.device.index is None else self.device.index
 
     def get_comm_stream(self) -> Any:
-        """The communication stream: a `torch.cuda.Stream` on a CUDA device, else the CPU's stream object."""
+        """The communication stream: a `torch.cuda.Stream` where there is CUDA, else the CPU's stream object."""
         if self._comm_stream is None:
-            if self.device.type == "cuda":
-                self._comm_stream = torch.cuda.Stream(device=self.device)
+            if torch.cuda.is_available():
+                device = self.device if self.device.type == "cuda" else None
+                self._comm_stream = torch.cuda.Stream(device=device)
             else:
                 self._comm_stream = torch.cpu.current_stream()
         return self._comm_stream
