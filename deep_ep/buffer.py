@@ -223,7 +223,7 @@ class Buffer(LowLatencyMixin):
         return None, None
 
     def get_comm_stream(self) -> Any:
-        """The communication stream: a `torch.cuda.Stream`; without CUDA an object that `torch.cuda.stream()` ignores."""
+        """The communication stream: a `torch.cuda.Stream`, or what `torch.cuda.stream()` ignores without CUDA."""
         return self._engine("get_comm_stream").get_comm_stream()
 
     def get_local_buffer_tensor(
