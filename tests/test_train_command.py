@@ -188,7 +188,8 @@ def test_a_rank_that_ends_ends_the_run(worker: object, message: str) -> None:
 def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
     flags = ["--ranks=2", *TINY_FLAGS, "--steps=100000", f"--out={tmp_path}"]
     command = [sys.executable, "-m", "deep_ep", "train", *flags]
-    launcher = subprocess.Popen(command, env=ENV, cwd=harness.REPO_ROOT, stdout=subprocess.PIPE, text=True)
+    env = {**ENV, "TMPDIR": str(tmp_path)}  # it cannot clean up after itself
+    launcher = subprocess.Popen(command, env=env, cwd=harness.REPO_ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert launcher.stdout is not None
         assert any("step 1/" in line for line in launcher.stdout)

@@ -20,13 +20,18 @@ RESUME_MUST_MATCH = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run. Sizes are per model, `batch` is the global batch in sequences."""
+    """Everything that decides a run. Sizes are per model, `batch` is the global batch in sequences.
+
+    The learning rate and the number of steps are moderate on purpose. Near 2.2 nats this model starts to use distant
+    bytes; with twice the rate or more steps, rounding alone moves that moment by many steps, and two runs that differ
+    in nothing else (fp8 and bf16 included) can end 2 % apart. Here they stay near 0.2 %, whatever the seed.
+    """
 
     ranks: int = 4
     precision: str = "fp8"
     compare: bool = False
     demo: bool = False
-    steps: int = 200
+    steps: int = 150
     seq: int = 256
     batch: int = 8
     hidden: int = 128
@@ -36,11 +41,11 @@ class TrainConfig:
     experts: int = 8
     topk: int = 2
     intermediate: int = 256
-    lr: float = 4e-3
+    lr: float = 2e-3
     warmup: int = 20
     weight_decay: float = 0.05
     clip: float = 1.0
-    bias_update_rate: float = 0.01
+    bias_update_rate: float = 2e-3
     seed: int = 0
     device: str = "auto"
     corpus_bytes: int = 8_000_000

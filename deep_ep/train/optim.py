@@ -38,9 +38,7 @@ class StepResult:
 class Optimizer:
     """AdamW with decoupled weight decay on matrices. Weights and both moments are FP32.
 
-    Gradients arrive as sums over tokens; the mean and the clipping are one multiplication. The update is not
-    `fused`: that one changes weights without moving their version counters, by which the experts know that
-    their quantised weights are out of date.
+    Gradients arrive as sums over tokens; the mean and the clipping are one multiplication.
     """
 
     def __init__(self, model: nn.Module, world: World, *, weight_decay: float, clip: float) -> None:
