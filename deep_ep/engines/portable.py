@@ -188,10 +188,11 @@ class PortableEngine:
         tokens_by_dst = list(in_rank.t().nonzero()[:, 1].split(send_counts))
 
         rows = request.rows.new_empty((num_rows, request.rows.shape[1]))
-        # All messages are under way before the first is waited for.
-        finish_metadata = self._start_metadata(request, headers, in_rank, tokens_by_dst, recv_counts)
-        self._move_rows(request.rows, tokens_by_dst, headers, rows)
-        metadata = finish_metadata()
+        # All messages are under way before the first is waited for. Metadata goes after the rows that lie in memory, so
+        # that its arrival says that they are there.
+        finish_rows = self._start_rows(request.rows, tokens_by_dst, headers, rows)
+        metadata = self._start_metadata(request, headers, in_rank, tokens_by_dst, recv_counts)()
+        finish_rows(metadata.fields["src_idx"][:, 0])
         scales = None
         if request.scales is not None:
             scales = _padded(metadata.fields["scales"], num_rows).to(rows.device)
@@ -227,7 +228,7 @@ class PortableEngine:
             send_counts=send_counts,
             expected=route.recv_counts if route is not None else [],
             node_counts=in_rank.view(-1, num_nodes, domain).any(2).sum(0).tolist(),
-            in_memory=self._reserve(request.rows, send_counts),
+            in_memory=self._reserve(request.rows, request.rows.shape[0]),
         )
 
     def _start_metadata(
@@ -246,13 +247,13 @@ class PortableEngine:
         """
         topology, rank = self.topology, self.mesh.rank
         num_tokens, num_ranks = in_rank.shape
-        fields: dict[str, torch.Tensor] = {}
+        # Every receiver needs to know which tokens it gets, to pick them and to make the handle.
+        fields = {"src_idx": torch.arange(num_tokens, dtype=torch.int32)[:, None]}
         blobs: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8)] * num_ranks
         blob_bytes = [0] * num_ranks
         if request.scales is not None:
             fields["scales"] = request.scales.cpu()
         if request.route is None:
-            fields["src_idx"] = torch.arange(num_tokens, dtype=torch.int32)[:, None]
             if request.topk_idx is not None and request.topk_weights is not None:
                 fields["topk_idx"] = request.topk_idx.cpu()
                 fields["topk_weights"] = request.topk_weights.cpu()
@@ -274,14 +275,11 @@ class PortableEngine:
                     )
                 for source in range(topology.index_in_node, num_ranks, topology.domain):
                     blob_bytes[source] += headers[source].node_counts[topology.node] * 4 * (1 + topology.domain)
-        if not fields and not any(blob_bytes):
-            return lambda: Metadata({}, [])
-        records = torch.cat([as_bytes(field) for field in fields.values()], dim=1) if fields else None
-        record_bytes = 0 if records is None else records.shape[1]
+        records = torch.cat([as_bytes(field) for field in fields.values()], dim=1)
+        record_bytes = records.shape[1]
         sends: list[torch.Tensor] = []
         for dst in range(num_ranks):
-            picked = blobs[dst][:0] if records is None else ops.gather_rows(records, tokens_by_dst[dst]).view(-1)
-            sends.append(torch.cat([blobs[dst], picked]))
+            sends.append(torch.cat([blobs[dst], ops.gather_rows(records, tokens_by_dst[dst]).view(-1)]))
         recvs = [
             torch.empty(blob_bytes[source] + recv_counts[source] * record_bytes, dtype=torch.uint8)
             for source in range(num_ranks)
@@ -312,21 +310,27 @@ class PortableEngine:
         tokens = in_rank[:, columns].any(1).nonzero()
         return torch.cat([tokens.to(torch.int32), rows[tokens[:, 0]]], dim=1)
 
-    def _reserve(self, rows: torch.Tensor, counts: Sequence[int]) -> bool:
+    def _reserve(self, rows: torch.Tensor, num_rows: int) -> bool:
         """Whether the rows of the operation that is about to begin lie in shared memory for the ranks of this host."""
         if rows.device.type in self._device_collectives:
             return False
-        remote = sum(counts) - counts[self.mesh.rank]
-        return self._shared.reserve(remote * rows.shape[1] * rows.element_size())
+        return self._shared.reserve(num_rows * rows.shape[1] * rows.element_size())
 
-    def _move_rows(
+    def _start_rows(
         self,
         rows: torch.Tensor,
         tokens_by_dst: Sequence[torch.Tensor],
         headers: dict[int, Header],
         out: torch.Tensor,
-    ) -> None:
-        """Fill the first rows of ``out`` with what the ranks send, in rank order."""
+    ) -> Callable[[torch.Tensor], None]:
+        """Send the rows on their way.
+
+        In shared memory a rank lays down its tokens once, for all ranks of its host to pick from; to other ranks it
+        sends what they need.
+
+        Returns:
+            the function that fills the first rows of ``out``, in rank order, given the source token of each.
+        """
         rank = self.mesh.rank
         send_counts = headers[rank].send_counts
         recv_counts = [headers[source].send_counts[rank] for source in range(self.mesh.size)]
@@ -334,21 +338,36 @@ class PortableEngine:
             packed = ops.gather_rows(as_bytes(rows), torch.cat(list(tokens_by_dst)).to(rows.device))
             received = as_bytes(out[: sum(recv_counts)])
             dist.all_to_all_single(received, packed, recv_counts, send_counts, group=self._group)
-            return
+            return lambda _: None
         table = as_bytes(rows.cpu())
         target = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype)
         landing = as_bytes(target)[: sum(recv_counts)].split(recv_counts)
-        transfer = Transfer(self.mesh, self._shared, self._staging, ROWS_PHASE, headers, table.shape[1], list(landing))
+        memory = {peer for peer in self._shared.peers if headers[peer].in_memory}
+        batch = self.mesh.batch(ROWS_PHASE, "rows")
+        for peer in self.mesh.peers(-1):
+            if peer not in memory:
+                batch.recv(peer, landing[peer].view(-1))
+        by_socket = self.mesh.peers(1)
+        if headers[rank].in_memory:
+            self._shared.table(rank, *table.shape).copy_(table)
+            by_socket = [peer for peer in by_socket if peer not in self._shared.peers]
         # Rows for one peer are on their way while those for the next are being packed.
-        parts = transfer.outgoing()
-        for peer in self.mesh.peers(1):
-            transfer.send(peer, ops.gather_rows(table, tokens_by_dst[peer], out=parts[peer]))
-        ops.gather_rows(table, tokens_by_dst[rank], out=landing[rank])
-        for peer, part in enumerate(transfer.wait()):
-            if peer != rank and part is not landing[peer]:
-                landing[peer].copy_(part)
-        if target is not out:
-            out.copy_(target)
+        parts = self._staging.rows(sum(send_counts[peer] for peer in by_socket), table.shape[1])
+        for peer, part in zip(by_socket, parts.split([send_counts[peer] for peer in by_socket]), strict=True):
+            batch.send(peer, ops.gather_rows(table, tokens_by_dst[peer], out=part).view(-1))
+
+        def finish(src_idx: torch.Tensor) -> None:
+            batch.wait()
+            for source, picked in enumerate(src_idx.split(recv_counts)):
+                if source == rank:
+                    ops.gather_rows(table, picked, out=landing[source])
+                elif source in memory:
+                    lain = self._shared.table(source, headers[source].num_tokens, table.shape[1])
+                    ops.gather_rows(lain, picked, out=landing[source])
+            if target is not out:
+                out.copy_(target)
+
+        return finish
 
     def _finish_dispatch(
         self,
@@ -421,7 +440,7 @@ class PortableEngine:
             num_tokens=route.num_tokens,
             send_counts=route.recv_counts,
             expected=route.send_counts,
-            in_memory=self._reserve(rows, route.recv_counts),
+            in_memory=self._reserve(rows, route.num_recv - route.recv_counts[self.mesh.rank]),
         )
         headers, _ = protocol.agree(self.mesh, header)
         slots = route.ordinals().to(rows.device)

@@ -1,13 +1,11 @@
 """Rows between ranks of one host through shared memory files, so that they need not pass a socket.
 
-Each rank owns a file in memory that all ranks of its host map. A sender packs its rows into its own file and sends a
-one-byte notice over the mesh; the receiver reads them there. A file may be written again as soon as the next operation
-has begun: that takes a header from every rank, and a rank sends its header only after it has read what was meant for
-it.
+Each rank owns a file in memory that all ranks of its host map. A sender lays its rows down in its own file and sends a
+message over the mesh; the receiver reads them there. A file may be written again as soon as the next operation has begun:
+that takes a header from every rank, and a rank sends its header only after it has read what was meant for it.
 
 Files are made sparse and grown in place. Memory is reserved before it is used, so that a full file system is an answer
-(rows then take the socket) and not a crash. The files lose their names once all ranks
-have opened them.
+(rows then take the socket) and not a crash. The files lose their names once all ranks have opened them.
 """
 
 from __future__ import annotations
@@ -97,6 +95,10 @@ class SharedRows:
                 return False
             self._capacity = wanted
         return True
+
+    def table(self, owner: int, num_rows: int, row_bytes: int) -> torch.Tensor:
+        """The rows uint8 [num_rows, row_bytes] that ``owner`` lays down for everybody; `reserve` came before."""
+        return self._views[owner][: num_rows * row_bytes].view(num_rows, row_bytes)
 
     def outgoing(self, counts: Sequence[int], row_bytes: int) -> list[torch.Tensor]:
         """Views uint8 [counts[r], row_bytes] into the own file, one for each rank; `reserve` came before."""

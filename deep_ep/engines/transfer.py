@@ -76,11 +76,13 @@ class Transfer:
         self._row_bytes = row_bytes
         self._landing = landing
         self._batch = mesh.batch(phase, "rows" if headers else "weights")
-        # What is sent in place of rows that lie in memory; an empty message for no rows, which is no message.
+        # What is sent in place of rows that lie in memory.
         self._notices = torch.zeros((mesh.size, 1), dtype=torch.uint8)
         for peer in mesh.peers(-1):
-            memory = self._from_memory(peer) and landing[peer].numel() > 0
-            self._batch.recv(peer, self._notices[peer] if memory else landing[peer].view(-1))
+            if not self._from_memory(peer):
+                self._batch.recv(peer, landing[peer].view(-1))
+            elif landing[peer].numel() > 0:
+                self._batch.recv(peer, self._notices[peer])
 
     def in_memory(self, peer: int) -> bool:
         """Whether rows for ``peer`` are to be written into `outgoing`."""
@@ -106,10 +108,10 @@ class Transfer:
 
     def send(self, peer: int, rows: torch.Tensor) -> None:
         """Send rows, which are in `outgoing` already if `in_memory`."""
-        if self.in_memory(peer) and rows.numel() > 0:
-            self._batch.send(peer, torch.zeros(1, dtype=torch.uint8))
-        else:
+        if not self.in_memory(peer):
             self._batch.send(peer, rows.view(-1))
+        elif rows.numel() > 0:
+            self._batch.send(peer, torch.zeros(1, dtype=torch.uint8))
 
     def wait(self) -> list[torch.Tensor]:
         """Wait for all ranks. Returns uint8 [rows, row_bytes] by source."""
