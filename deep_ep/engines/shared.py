@@ -1,8 +1,8 @@
 """Rows between ranks of one host through shared memory files, so that they need not pass a socket.
 
 Each rank owns a file in memory that all ranks of its host map. A sender lays its rows down in its own file and sends a
-message over the mesh; the receiver reads them there. A file may be written again as soon as the next operation has begun:
-that takes a header from every rank, and a rank sends its header only after it has read what was meant for it.
+message over the mesh; the receiver reads them there. A file may be written again as soon as the next operation has
+begun: that takes a header from every rank, and a rank sends its header only after it has read what was meant for it.
 
 Files are made sparse and grown in place. Memory is reserved before it is used, so that a full file system is an answer
 (rows then take the socket) and not a crash. The files lose their names once all ranks have opened them.
