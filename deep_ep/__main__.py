@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import cast
 
+from deep_ep.doctor.cli import add_parser as add_doctor
 from deep_ep.train.cli import add_parser as add_train
 
-COMMANDS = (add_train,)
+COMMANDS = (add_train, add_doctor)
 
 
 def main(argv: list[str] | None = None) -> int:
