@@ -7,7 +7,7 @@ import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from ._native import _C
 from .checks import Rows
 from .config import Config, align_up, default_combine_config, default_dispatch_config
 from .engines import PortableEngine
+from .engines.cuda_engine import MIN_POOL_BYTES, CudaEngine, open_peer_memory
 from .engines.mesh import Mesh, MpiLikeComm, members_of, resolve_timeout
 from .engines.shared import SharedRows
 from .errors import BufferDestroyed, ConfigError, DeepEPError
 from .event import EventHandle, EventOverlap, wait_previous
-from .handles import Handle, parse_handle
-from .layout import compute_dispatch_layout
+from .handles import Handle, check_handle_fields
 from .low_latency import LowLatencyMixin
 from .requests import cached_request, checked_config, fresh_request, quantized_rows, scale_format_of
 from .topology import domain_from_environment, host_identity, resolve_topology
@@ -117,9 +117,18 @@ class Buffer(LowLatencyMixin):
         topology = resolve_topology(self.rank, [host for host, _ in reports], domains[0])
         mesh = Mesh(members, timeout)
         shared = SharedRows(members, enabled=os.environ.get("DEEP_EP_SHARED_MEMORY", "1") != "0")
-        self.runtime = PortableEngine(
-            mesh, shared, topology, group, _scratch_device(group, device), num_nvl_bytes, num_rdma_bytes
-        )
+        place = _scratch_device(group, device)
+        memory = open_peer_memory(members, topology, place, max(num_nvl_bytes, MIN_POOL_BYTES), use_fabric, timeout)
+        parts: dict[str, Any] = {
+            "mesh": mesh,
+            "shared": shared,
+            "topology": topology,
+            "group": group,
+            "device": place,
+            "num_nvl_bytes": num_nvl_bytes,
+            "num_rdma_bytes": num_rdma_bytes,
+        }
+        self.runtime = PortableEngine(**parts) if memory is None else CudaEngine(parts, memory, timeout)
         self.engine = self.runtime.name
         _live_buffers.add(self)
 
@@ -287,17 +296,17 @@ class Buffer(LowLatencyMixin):
             ConfigError: wrong dtype or shape, or an index outside [-1, E).
         """
         runtime = self._engine("get_dispatch_layout")
-        with torch.no_grad():
+        with torch.no_grad(), runtime.lock:
             wait_previous(previous_event)
             topk_idx = checks.check_topk_idx(topk_idx, "get_dispatch_layout")
             num_experts = checks.check_num_experts(num_experts, "get_dispatch_layout")
-            layout = compute_dispatch_layout(topk_idx, num_experts, self.group_size, runtime.topology.num_nodes)
+            layout = runtime.layout(topk_idx, num_experts)
         return (
             layout.num_tokens_per_rank,
             layout.num_tokens_per_rdma_rank,
             layout.num_tokens_per_expert,
             layout.is_token_in_rank,
-            _finished(async_finish),
+            EventOverlap(EventHandle() if async_finish else None),
         )
 
     def dispatch(
@@ -357,9 +366,9 @@ class Buffer(LowLatencyMixin):
             ``num_worst_tokens``. PeerError, CommTimeout: a rank died, refused, or is late.
         """
         runtime = self._engine("dispatch")
-        with torch.no_grad(), runtime.lock:
-            with self._refusing("dispatch"):
-                wait_previous(previous_event)
+        rows_as_sent = _rows_as_sent(x, use_fp8)
+        with runtime.lock, runtime.call(rows_as_sent, x, previous_event, async_finish) as call:
+            with self._refusing("dispatch", rows_as_sent):
                 rows, scales = checks.check_rows(x, "dispatch")
                 checks.check_count(expert_alignment, "expert_alignment", "dispatch", minimum=1)
                 checks.check_count(num_worst_tokens, "num_worst_tokens", "dispatch", minimum=0)
@@ -374,7 +383,7 @@ class Buffer(LowLatencyMixin):
                         "is_token_in_rank": is_token_in_rank,
                         "num_tokens_per_expert": num_tokens_per_expert,
                     }
-                    request = cached_request(runtime.topology, rows, scales, handle, given, num_worst_tokens)
+                    request = cached_request(runtime, rows, scales, handle, given, num_worst_tokens, config)
                 else:
                     layout = (
                         num_tokens_per_rank,
@@ -383,16 +392,17 @@ class Buffer(LowLatencyMixin):
                         num_tokens_per_expert,
                     )
                     topk = (topk_idx, topk_weights)
-                    request = fresh_request(runtime.topology, rows, scales, layout, topk, num_worst_tokens, config)
+                    request = fresh_request(runtime, rows, scales, layout, topk, num_worst_tokens, config)
             with self._all_or_nothing("dispatch"):
                 result = runtime.dispatch(request)
+            call.keep(result.rows, result.scales, result.topk_idx, result.topk_weights, *(result.handle or ()))
         recv_x: Rows = result.rows if result.scales is None else (result.rows, result.scales)
         if handle is not None:
-            return recv_x, None, None, None, None, _finished(async_finish, x)
+            return recv_x, None, None, None, None, call.event
         counts = (
             [] if num_worst_tokens else [align_up(n, expert_alignment) for n in result.num_recv_tokens_per_expert or []]
         )
-        return recv_x, result.topk_idx, result.topk_weights, counts, result.handle, _finished(async_finish, x)
+        return recv_x, result.topk_idx, result.topk_weights, counts, result.handle, call.event
 
     def combine(
         self,
@@ -423,12 +433,11 @@ class Buffer(LowLatencyMixin):
             ConfigError: bad arguments or a handle of another dispatch. PeerError, CommTimeout: as for `dispatch`.
         """
         runtime = self._engine("combine")
-        with torch.no_grad(), runtime.lock:
-            with self._refusing("combine"):
-                wait_previous(previous_event)
-                checked_config(config, "combine")
+        with runtime.lock, runtime.call(x, x, previous_event, async_finish) as call:
+            with self._refusing("combine", x):
+                config = checked_config(config, "combine") or self.get_combine_config(self.group_size)
                 rows = checks.check_tensor(x, "x", "combine", dim=2, dtypes=checks.COMBINE_DTYPES)
-                route = parse_handle(handle, runtime.topology, "combine")
+                route = runtime.route(handle, "combine", rows)
                 if rows.shape[0] != route.num_rows:
                     raise ConfigError(
                         f"combine: x has {rows.shape[0]} rows but the handle's dispatch returned {route.num_rows}; "
@@ -446,8 +455,30 @@ class Buffer(LowLatencyMixin):
                     )
                 biases = checks.check_bias(bias, "combine", rows, route.num_tokens)
             with self._all_or_nothing("combine"):
-                combined, weights = runtime.combine(rows, topk_weights, biases, route)
-        return combined, weights, _finished(async_finish, x)
+                combined, weights = runtime.combine(rows, topk_weights, biases, route, config.num_sms)
+            call.keep(combined, weights)
+        return combined, weights, call.event
+
+    def empty_combine_input(self, handle: Handle, hidden: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """[num_recv, hidden] to compute the rows of a combine into, where peers can read them: it saves a copy.
+
+        An ordinary tensor with any contents. On engines without such memory it is just that.
+
+        Raises:
+            ConfigError: the handle is not one of this group.
+        """
+        runtime = self._engine("empty_combine_input")
+        with torch.no_grad(), runtime.lock:
+            fields = check_handle_fields(handle, runtime.topology, "empty_combine_input")
+            num_rows = fields["recv_src_idx" if runtime.topology.num_nodes == 1 else "recv_src_meta"].shape[0]
+            return runtime.empty_combine_input(num_rows, hidden, dtype)
+
+    def check(self) -> None:
+        """Raise what failed since the last call: errors of kernels, and rows that did not fit a fixed capacity.
+
+        The result is complete once the device has been synchronised.
+        """
+        self._engine("check").check()
 
     def internode_dispatch(
         self,
@@ -515,12 +546,16 @@ class Buffer(LowLatencyMixin):
         return self.runtime
 
     @contextlib.contextmanager
-    def _refusing(self, operation: str) -> Iterator[None]:
-        """If the arguments are refused in this block, tell the peers, which are or will be in the same operation."""
+    def _refusing(self, operation: str, rows: Any = None) -> Iterator[None]:
+        """If the arguments are refused in this block, tell the peers, which are or will be in the same operation.
+
+        Operations of kernels have no such channel: there the peers learn of it at their deadline.
+        """
         try:
             yield
         except Exception as error:
-            if self.runtime is not None:
+            on_device = isinstance(rows, torch.Tensor) and self.runtime is not None and self.runtime.serves(rows)
+            if self.runtime is not None and not on_device:
                 self.runtime.refuse(operation, error)
             raise
 
@@ -537,12 +572,12 @@ class Buffer(LowLatencyMixin):
             raise
 
 
-def _finished(async_finish: bool, x: torch.Tensor | Sequence[torch.Tensor] | None = None) -> EventOverlap:
-    """The event of a call that has been enqueued on the current stream."""
-    if not async_finish:
-        return EventOverlap()
-    kept = None if x is None else (x,) if isinstance(x, torch.Tensor) else tuple(x)
-    return EventOverlap(EventHandle(), kept)
+def _rows_as_sent(x: Any, use_fp8: bool) -> Any:
+    """A tensor with the shape, device and element size of the rows that travel, to choose how; bad input as it is."""
+    rows = x[0] if isinstance(x, (tuple, list)) and x else x
+    if use_fp8 and isinstance(rows, torch.Tensor):
+        return torch.empty((0, rows.shape[-1] if rows.dim() else 0), dtype=torch.float8_e4m3fn, device=rows.device)
+    return rows
 
 
 def _scratch_device(group: dist.ProcessGroup | None, device: str | torch.device | None) -> torch.device:

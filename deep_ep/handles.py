@@ -210,38 +210,76 @@ def _with_rows(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
     return out
 
 
+def check_intranode_handle(
+    handle: Sequence[torch.Tensor], topology: Topology, operation: str
+) -> dict[str, torch.Tensor]:
+    """Fields of an intranode handle by name, checked by their shapes alone.
+
+    Raises:
+        ConfigError: wrong length, element type, or shapes of another group.
+    """
+    fields = check_handle_fields(handle, topology, operation)
+    num_ranks = topology.num_ranks
+    _check_in_rank(fields["is_token_in_rank"], num_ranks, operation)
+    matrix, head, in_rank = fields["rank_prefix_matrix"], fields["send_head"], fields["is_token_in_rank"]
+    _check_prefix_matrix(matrix, num_ranks, operation)
+    if head.shape != in_rank.shape or head.dtype != torch.int32 or not head.is_contiguous():
+        raise ConfigError(
+            f"{operation}: the handle's send_head is {head.dtype} {list(head.shape)}; expected contiguous int32 "
+            f"{list(in_rank.shape)}"
+        )
+    return fields
+
+
+def check_handle_fields(handle: Sequence[torch.Tensor], topology: Topology, operation: str) -> dict[str, torch.Tensor]:
+    """Fields of a handle by name.
+
+    Raises:
+        ConfigError: wrong length or element type.
+    """
+    fields = INTRANODE_FIELDS if topology.num_nodes == 1 else INTERNODE_FIELDS
+    if not isinstance(handle, (tuple, list)) or len(handle) != len(fields):
+        raise ConfigError(
+            f"{operation}: handle is a {describe_value(handle)}; a group of {topology.num_ranks} ranks in "
+            f"{topology.num_nodes} node(s) uses a tuple of {len(fields)} tensors, the fifth element of what dispatch "
+            "returned"
+        )
+    for name, tensor in zip(fields, handle, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigError(f"{operation}: handle element {name} is a {type(tensor).__name__}; expected a tensor")
+    return dict(zip(fields, handle, strict=True))
+
+
+def _check_in_rank(in_rank: torch.Tensor, num_ranks: int, operation: str) -> None:
+    if in_rank.dim() != 2 or in_rank.shape[1] != num_ranks or in_rank.dtype != torch.bool:
+        raise ConfigError(
+            f"{operation}: the handle's is_token_in_rank is {in_rank.dtype} {list(in_rank.shape)}; this group has "
+            f"{num_ranks} ranks, so bool [T, {num_ranks}] is expected. Was the handle made by another group's buffer?"
+        )
+
+
+def _check_prefix_matrix(matrix: torch.Tensor, num_ranks: int, operation: str) -> None:
+    if list(matrix.shape) != [num_ranks, num_ranks]:
+        raise ConfigError(
+            f"{operation}: the handle's rank_prefix_matrix has shape {list(matrix.shape)}; this group of "
+            f"{num_ranks} ranks expects [{num_ranks}, {num_ranks}]"
+        )
+
+
 def parse_handle(handle: Sequence[torch.Tensor], topology: Topology, operation: str) -> Route:
     """Read a handle back, checking that it can belong to this group.
 
     Raises:
         ConfigError: wrong length, element type, or shapes of another group.
     """
-    fields = INTRANODE_FIELDS if topology.num_nodes == 1 else INTERNODE_FIELDS
-    if not isinstance(handle, (tuple, list)) or len(handle) != len(fields):
-        raise ConfigError(
-            f"{operation}: handle is a {describe_value(handle)}; a group of {topology.num_ranks} ranks in "
-            f"{topology.num_nodes} node(s) uses a tuple of {len(fields)} tensors, "
-            f"the fifth element of what dispatch returned"
-        )
-    for name, tensor in zip(fields, handle, strict=True):
-        if not isinstance(tensor, torch.Tensor):
-            raise ConfigError(f"{operation}: handle element {name} is a {type(tensor).__name__}; expected a tensor")
-    values = dict(zip(fields, handle, strict=True))
+    values = check_handle_fields(handle, topology, operation)
     num_ranks, rank = topology.num_ranks, topology.rank
     in_rank = values["is_token_in_rank"]
-    if in_rank.dim() != 2 or in_rank.shape[1] != num_ranks or in_rank.dtype != torch.bool:
-        raise ConfigError(
-            f"{operation}: the handle's is_token_in_rank is {in_rank.dtype} {list(in_rank.shape)}; this group has "
-            f"{num_ranks} ranks, so bool [T, {num_ranks}] is expected. Was the handle made by another group's buffer?"
-        )
+    _check_in_rank(in_rank, num_ranks, operation)
     in_rank = in_rank.cpu()
     if topology.num_nodes == 1:
         matrix = values["rank_prefix_matrix"]
-        if list(matrix.shape) != [num_ranks, num_ranks]:
-            raise ConfigError(
-                f"{operation}: the handle's rank_prefix_matrix has shape {list(matrix.shape)}; this group of "
-                f"{num_ranks} ranks expects [{num_ranks}, {num_ranks}]"
-            )
+        _check_prefix_matrix(matrix, num_ranks, operation)
         ends = matrix[:, rank].cpu()
         num_rows = values["recv_src_idx"].shape[0]
     else:

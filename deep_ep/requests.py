@@ -8,20 +8,20 @@ import torch
 
 from . import checks, fp8
 from .config import Config
-from .engines.portable import DispatchRequest
+from .engines.portable import DispatchRequest, PortableEngine
 from .errors import ConfigError
-from .handles import Handle, parse_handle
+from .handles import Handle
 from .layout import check_topk_range
-from .topology import Topology
 
 
 def cached_request(
-    topology: Topology,
+    engine: PortableEngine,
     rows: torch.Tensor,
     scales: torch.Tensor | None,
     handle: Handle,
     given: dict[str, torch.Tensor | None],
     num_worst_tokens: int,
+    config: Config,
 ) -> DispatchRequest:
     """A dispatch that repeats the routing of ``handle``; ``given`` are arguments that exclude one."""
     extra = [name for name, value in given.items() if value is not None]
@@ -30,7 +30,7 @@ def cached_request(
             f"dispatch: {', '.join(extra)} given together with handle; a handle fixes the routing, so leave the layout "
             "and top-k arguments out, or leave the handle out to route anew"
         )
-    route = parse_handle(handle, topology, "dispatch")
+    route = engine.route(handle, "dispatch", rows)
     if rows.shape[0] != route.num_tokens:
         raise ConfigError(
             f"dispatch: x has {rows.shape[0]} tokens but the handle's dispatch had {route.num_tokens}; pass the handle "
@@ -40,11 +40,11 @@ def cached_request(
         raise ConfigError(
             f"dispatch: num_worst_tokens is {num_worst_tokens} but the handle was made with {route.num_rows} rows"
         )
-    return DispatchRequest(rows, scales, route.in_rank, route=route)
+    return DispatchRequest(rows, scales, handle[0], route=route, num_sms=config.num_sms)
 
 
 def fresh_request(
-    topology: Topology,
+    engine: PortableEngine,
     rows: torch.Tensor,
     scales: torch.Tensor | None,
     layout: tuple[torch.Tensor | None, ...],
@@ -58,7 +58,8 @@ def fresh_request(
         layout: num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert.
         topk: topk_idx, topk_weights.
     """
-    operation, device = "dispatch", rows.device
+    operation, device, topology = "dispatch", rows.device, engine.topology
+    on_device = engine.serves(rows)
     per_rank, per_node, in_rank, per_expert = layout
     if per_rank is None or in_rank is None or per_expert is None:
         raise ConfigError(
@@ -77,8 +78,8 @@ def fresh_request(
     if per_node is not None:
         nodes = [topology.num_nodes]
         check(per_node, "num_tokens_per_rdma_rank", operation, dim=1, dtypes=i32, shape=nodes, device=device)
-    sent = in_rank.sum(0, dtype=torch.int32)
-    if not torch.equal(sent, per_rank):
+    sent = per_rank if on_device else in_rank.sum(0, dtype=torch.int32)
+    if not on_device and not torch.equal(sent, per_rank):
         raise ConfigError(
             f"dispatch: num_tokens_per_rank is {per_rank.tolist()} but is_token_in_rank counts {sent.tolist()}; pass "
             "both from the same get_dispatch_layout"
@@ -102,7 +103,8 @@ def fresh_request(
             shape=weights_shape,
             device=device,
         )
-        check_topk_range(topk_idx, per_expert.shape[0])
+        if not on_device:
+            check_topk_range(topk_idx, per_expert.shape[0])
     return DispatchRequest(
         rows,
         scales,
@@ -110,9 +112,11 @@ def fresh_request(
         None,
         topk_idx,
         topk_weights,
-        per_expert.cpu(),
+        per_expert,
         num_worst_tokens,
         config.num_channels,
+        config.num_sms,
+        per_rank,
     )
 
 

@@ -129,17 +129,20 @@ def test_can_run(archs, capability, runs):
 
 
 @pytest.mark.parametrize(
-    ("software_", "gpus_", "host_", "reasons"),
+    ("software_", "gpus_", "host_", "engine", "reasons"),
     [
-        (SOFTWARE, GPUS, HOST, ["host memory", "shared memory"]),
-        (SOFTWARE, NO_GPUS, HOST, ["no GPU (no NVIDIA driver)", "shared memory"]),
-        (dataclasses.replace(SOFTWARE, torch_cuda=None), GPUS, HOST, ["built without CUDA", "shared memory"]),
-        (SOFTWARE, GPUS, with_variables(DEEP_EP_SHARED_MEMORY="0"), ["nccl", "sockets: DEEP_EP_SHARED_MEMORY=0"]),
+        (SOFTWARE, GPUS, HOST, "cuda", ["reaches the memory", "low-latency calls"]),
+        (SOFTWARE, NO_GPUS, HOST, "portable", ["no GPU (no NVIDIA driver)", "shared memory"]),
+        (dataclasses.replace(SOFTWARE, torch_cuda=None), GPUS, HOST, "portable", ["built without CUDA", "shared memory"]),
+        (
+            SOFTWARE, GPUS, with_variables(DEEP_EP_SHARED_MEMORY="0", DEEP_EP_ENGINE="portable"), "portable",
+            ["nccl", "DEEP_EP_ENGINE=portable", "sockets: DEEP_EP_SHARED_MEMORY=0"],
+        ),
     ],
-)
-def test_engine_and_its_reasons(software_, gpus_, host_, reasons):
+)  # fmt: skip
+def test_engine_and_its_reasons(software_, gpus_, host_, engine, reasons):
     choice = advice.choose_engine(software_, gpus_, host_)
-    assert choice.name == "portable"
+    assert choice.name == engine
     assert all(any(part in reason for reason in choice.reasons) for part in reasons)
 
 

@@ -71,6 +71,31 @@ struct alignas(sizeof(T) * kCount) Pack {
     T v[kCount];
 };
 
+// Rounds a vector with the bits of Type::round. NaN is rare, so it is looked for once in all elements: a sum of them is NaN
+// if one of them is (infinities of both signs make it NaN too, and take the slow way to the same result).
+template <class Type, int kCount>
+__device__ __forceinline__ Pack<typename Type::Storage, kCount> round_all(const float (&v)[kCount]) {
+    Pack<typename Type::Storage, kCount> result;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result.v[i] = Type::round(v[i]);
+    return result;
+}
+
+template <>
+__device__ __forceinline__ Pack<uint16_t, 8> round_all<Bf16, 8>(const float (&v)[8]) {
+    Pack<uint16_t, 8> result;
+    const float probe = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+    if (is_nan(probe)) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) result.v[i] = Bf16::round(v[i]);
+        return result;
+    }
+    auto* pairs = reinterpret_cast<__nv_bfloat162*>(&result);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+    return result;
+}
+
 template <int kBytes, class T>
 __device__ __host__ __forceinline__ bool is_aligned(const T* p) {
     return reinterpret_cast<uintptr_t>(p) % kBytes == 0;

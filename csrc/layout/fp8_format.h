@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define DEEP_EP_HOST_DEVICE __host__ __device__
-#else
-#define DEEP_EP_HOST_DEVICE
-#endif
+#include "layout/host_device.h"
 
 namespace deep_ep {
 

@@ -35,6 +35,7 @@ VARIABLES = frozenset(
         "DEEP_EP_CPU_ISA",
         "DEEP_EP_CUDA",
         "DEEP_EP_CUDA_ARCHS",
+        "DEEP_EP_ENGINE",
         "DEEP_EP_NVL_DOMAIN",
         "DEEP_EP_PYTHON",
         "DEEP_EP_SHARED_MEMORY",
@@ -63,12 +64,17 @@ def choose_engine(software: Software, gpus: Gpus, host: Host) -> EngineChoice:
 
     This is the one place that turns facts into an engine.
     """
-    reasons = ["it is the one engine of this version: torch and torch.distributed, the same on every machine"]
-    if not gpus.devices:
-        reasons.append(f"no GPU ({gpus.status}): rows are CPU tensors")
-    elif software.torch_cuda is None:
-        reasons.append("this torch is built without CUDA: rows are CPU tensors")
-    else:
+    obstacle = _kernel_obstacle(software, gpus, host)
+    if not obstacle:
+        return EngineChoice(
+            "cuda",
+            [
+                "every GPU here reaches the memory of every other, so kernels move rows between them directly",
+                "CPU tensors, low-latency calls and rows that are no multiple of 16 bytes take the portable engine",
+            ],
+        )
+    reasons = [f"the kernels cannot be used: {obstacle}"]
+    if gpus.devices and software.torch_cuda is not None:
         reasons.append("rows on GPUs pass through host memory, unless the group's backend is nccl")
     obstacle = _shared_memory_obstacle(host)
     reasons.append(
@@ -77,6 +83,24 @@ def choose_engine(software: Software, gpus: Gpus, host: Host) -> EngineChoice:
         else "between ranks of this host, rows take shared memory; between hosts, sockets"
     )
     return EngineChoice("portable", reasons)
+
+
+def _kernel_obstacle(software: Software, gpus: Gpus, host: Host) -> str:
+    """Why ranks on this host's GPUs would not use the kernels; empty if they would."""
+    if host.environment.get("DEEP_EP_ENGINE", "") == "portable":
+        return "DEEP_EP_ENGINE=portable"
+    if not gpus.devices:
+        return f"no GPU ({gpus.status}): rows are CPU tensors"
+    if software.torch_cuda is None:
+        return "this torch is built without CUDA: rows are CPU tensors"
+    extension = known(software.extension)
+    if extension is None or not extension.has_cuda:
+        return "deep_ep was built without nvcc"
+    old = [gpu.index for gpu in gpus.devices if gpu.capability < 90]
+    if old:
+        return f"GPUs {old} have a compute capability below 9.0"
+    apart = [(pair.src, pair.dst) for pair in gpus.pairs if pair.src != pair.dst and known(pair.peer_access) is False]
+    return f"no peer access between GPUs {apart}" if apart else ""
 
 
 def _shared_memory_obstacle(host: Host) -> str:

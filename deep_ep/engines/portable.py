@@ -18,11 +18,13 @@ import torch.distributed as dist
 
 from .. import handles, ops
 from ..errors import BufferDestroyed, BufferOverflow
-from ..handles import Handle, Route
-from ..layout import first_local_expert, num_local_experts
+from ..event import EventHandle, EventOverlap
+from ..handles import Handle, Route, parse_handle
+from ..layout import DispatchLayout, compute_dispatch_layout, first_local_expert, num_local_experts
 from ..topology import Topology
 from ..traffic import TrafficStats
 from . import protocol
+from .calls import Call
 from .mesh import Mesh
 from .protocol import METADATA_PHASE, ROWS_PHASE, Header, dtype_code
 from .shared import SharedRows
@@ -36,22 +38,26 @@ class DispatchRequest:
     Attributes:
         rows: [T, H] of any dtype; ``scales``: [T, S] or None.
         in_rank: bool [T, R] on the device of ``rows``.
-        route: the parsed handle of a cached call, else None.
+        route: the parsed handle of a cached call, else None; what `route` of the engine returned.
         topk_idx, topk_weights: [T, K] or None.
         num_tokens_per_expert: CPU int32 [E] of an uncached call.
         num_worst_tokens: fixed number of output rows, 0 for the exact number.
         num_channels: C of the handle's channel matrices.
+        num_sms: SM budget of kernels.
+        num_tokens_per_rank: int32 [R] of an uncached call.
     """
 
     rows: torch.Tensor
     scales: torch.Tensor | None
     in_rank: torch.Tensor
-    route: Route | None = None
+    route: Any = None
     topk_idx: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
     num_tokens_per_expert: torch.Tensor | None = None
     num_worst_tokens: int = 0
     num_channels: int = 1
+    num_sms: int = 0
+    num_tokens_per_rank: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,35 @@ class PortableEngine:
             except BufferDestroyed:
                 return
 
+    def serves(self, tensor: torch.Tensor) -> bool:
+        """Whether kernels move rows like these; then no argument is read back from the device."""
+        return False
+
+    def call(
+        self,
+        rows: torch.Tensor,
+        inputs: object,
+        previous_event: EventOverlap | EventHandle | None,
+        async_finish: bool,
+    ) -> Call:
+        """The surroundings of an operation on ``rows``."""
+        return Call(inputs, previous_event, async_finish)
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
+        """Counts of `Buffer.get_dispatch_layout`."""
+        return compute_dispatch_layout(topk_idx, num_experts, self.topology.num_ranks, self.topology.num_nodes)
+
+    def route(self, handle: Handle, operation: str, rows: torch.Tensor) -> Any:
+        """Read a handle, for an operation on ``rows``."""
+        return parse_handle(handle, self.topology, operation)
+
+    def empty_combine_input(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for the rows of a combine, where peers can read it if the engine has such memory."""
+        return torch.empty((num_rows, hidden), dtype=dtype, device=self.device)
+
+    def check(self) -> None:
+        """Raise what failed in the background; nothing runs there on this engine."""
+
     # Dispatch.
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
@@ -179,7 +214,7 @@ class PortableEngine:
             ConfigError, PeerError, CommTimeout: see `protocol.agree` and `Batch.wait`.
         """
         topology, rank = self.topology, self.mesh.rank
-        in_rank = request.in_rank.cpu()
+        in_rank = request.in_rank.cpu() if request.route is None else request.route.in_rank
         send_counts = in_rank.sum(0).tolist()
         headers, _ = protocol.agree(self.mesh, self._dispatch_header(request, in_rank, send_counts))
         _check_capacity("dispatch", headers)
@@ -259,7 +294,7 @@ class PortableEngine:
                 fields["topk_weights"] = request.topk_weights.cpu()
             if topology.num_nodes > 1:
                 fields["in_rank"] = in_rank.to(torch.uint8)
-            per_expert = cast(torch.Tensor, request.num_tokens_per_expert)
+            per_expert = cast(torch.Tensor, request.num_tokens_per_expert).cpu()
             num_experts = per_expert.shape[0]
             split = [num_local_experts(num_experts, num_ranks, r) for r in range(num_ranks)]
             blobs = [part.contiguous().view(torch.uint8) for part in per_expert.split(split)]
@@ -380,7 +415,7 @@ class PortableEngine:
         scales: torch.Tensor | None,
     ) -> DispatchResult:
         rank, num_ranks = self.mesh.rank, self.mesh.size
-        per_expert = cast(torch.Tensor, request.num_tokens_per_expert)
+        per_expert = cast(torch.Tensor, request.num_tokens_per_expert).cpu()
         num_local = num_local_experts(per_expert.shape[0], num_ranks, rank)
         first = first_local_expert(per_expert.shape[0], num_ranks, rank)
         counts = torch.stack([blob[: 4 * num_local].clone().view(torch.int32) for blob in metadata.blobs]).sum(0)
@@ -420,7 +455,8 @@ class PortableEngine:
         rows: torch.Tensor,
         topk_weights: torch.Tensor | None,
         bias: Sequence[torch.Tensor],
-        route: Route,
+        route: Any,
+        num_sms: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Send rows [num_rows, H] back to where their tokens came from and sum them there.
 

@@ -1,0 +1,168 @@
+#include "kernels/peer_launch.h"
+#include "layout/expert_range.h"
+#include "runtime/errors.h"
+#include "sync/exchange.cuh"
+
+namespace deep_ep {
+namespace {
+
+constexpr int kNumThreads = 1024;
+constexpr int kNumWarps = kNumThreads / 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// Each warp owns a contiguous range of tokens, so that running numbers follow the token order.
+struct TokenRange {
+    int begin, end;
+};
+
+__device__ TokenRange tokens_of_warp(int num_tokens, int warp) {
+    const int share = (num_tokens + kNumWarps - 1) / kNumWarps;
+    return {min(warp * share, num_tokens), min((warp + 1) * share, num_tokens)};
+}
+
+// One block: it waits for peers, so more would only hold more SMs.
+__global__ void __launch_bounds__(kNumThreads)
+    dispatch_notify(const __grid_constant__ DispatchNotifyArgs args) {
+    __shared__ int channel_counts[kMaxPeers][kMaxChannels];
+    __shared__ int warp_counts[kNumWarps][kMaxPeers];
+    __shared__ int first_row[kMaxPeers];
+    __shared__ int all_here;
+    const Domain& domain = args.domain;
+    const int num_ranks = domain.num_ranks, rank = domain.rank, num_channels = args.num_channels;
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+    const uint64_t epoch = sync::own_control(domain)->epoch + 1;
+    const int channel_tokens = max((args.num_tokens + num_channels - 1) / num_channels, 1);
+
+    for (int i = threadIdx.x; i < num_ranks * num_channels; i += kNumThreads) {
+        channel_counts[i / num_channels][i % num_channels] = 0;
+    }
+    if (threadIdx.x == 0) all_here = 1;
+    __syncthreads();
+
+    // Tokens of this warp for each rank, and of each channel.
+    const TokenRange range = tokens_of_warp(args.num_tokens, warp);
+    int mine = 0;  // in lane r: tokens of this warp for rank r
+    for (int token = range.begin + lane; token - lane < range.end; token += 32) {
+        for (int r = 0; r < num_ranks; ++r) {
+            const bool goes =
+                token < range.end && args.is_token_in_rank[static_cast<int64_t>(token) * num_ranks + r] != 0;
+            const unsigned votes = __ballot_sync(kAllLanes, goes);
+            if (lane == r) mine += __popc(votes);
+            if (goes) atomicAdd(&channel_counts[r][token / channel_tokens], 1);
+        }
+    }
+    warp_counts[warp][lane] = mine;
+    __syncthreads();
+    if (threadIdx.x < num_ranks) {
+        int sum = 0;
+        for (int c = 0; c < num_channels; ++c) {
+            sum += channel_counts[threadIdx.x][c];
+            channel_counts[threadIdx.x][c] = sum;  // inclusive
+            args.channel_prefix_matrix[threadIdx.x * num_channels + c] = sum;
+        }
+    }
+    __syncthreads();
+
+    // Announce: every warp writes to the peers it owns.
+    for (int peer = warp; peer < num_ranks; peer += kNumWarps) {
+        Announcement* message = sync::announcement(domain, rank, peer, epoch);
+        for (int r = lane; r < num_ranks; r += 32) message->send_counts[r] = args.num_tokens_per_rank[r];
+        for (int c = lane; c < num_channels; c += 32) {
+            message->channel_start[c] = c == 0 ? 0 : channel_counts[peer][c - 1];
+        }
+        const ExpertRange experts = expert_range(args.num_experts, num_ranks, peer);
+        for (int e = lane; e < experts.count; e += 32) {
+            message->expert_counts[e] = args.num_tokens_per_expert[experts.first + e];
+        }
+        if (lane == 0) {
+            message->signature = args.signature;
+            message->rows = args.output.rows;
+            message->scales = args.output.scales;
+            message->topk_idx = args.output.topk_idx;
+            message->topk_weights = args.output.topk_weights;
+            message->src_idx = args.output.src_idx;
+            message->capacity = args.output.capacity;
+        }
+        // The warp's stores come before the release by lane 0.
+        __syncwarp();
+        if (lane == 0) sync::publish(message, epoch);
+    }
+    if (threadIdx.x < num_ranks && !sync::await_announcement(domain, static_cast<int>(threadIdx.x), epoch,
+                                                             args.signature, Operation::kDispatch)) {
+        all_here = 0;
+    }
+    __syncthreads();
+    if (!all_here) return;
+
+    // Everybody's counts are here: rows of rank r at its destinations follow those of the ranks before it.
+    __shared__ int fits;
+    if (threadIdx.x == 0) fits = 1;
+    __syncthreads();
+    if (threadIdx.x < num_ranks) {
+        const int dst = static_cast<int>(threadIdx.x);
+        int sum = 0;
+        for (int src = 0; src < num_ranks; ++src) {
+            if (src == rank) first_row[dst] = sum;
+            sum += sync::announcement(domain, src, rank, epoch)->send_counts[dst];
+            args.rank_prefix_matrix[src * num_ranks + dst] = sum;
+        }
+        const int64_t capacity = sync::announcement(domain, dst, rank, epoch)->capacity;
+        if (sum > capacity) {
+            fits = 0;
+            if (args.fixed_capacity) {
+                domain.host->overflow_rank = dst;
+                domain.host->overflow_capacity = capacity;
+                ptx::fence_acq_rel_sys();
+                domain.host->overflow_total = sum;
+            }
+        }
+    }
+    __syncthreads();
+    HostRecord* host = domain.host;
+    const ExpertRange local = expert_range(args.num_experts, num_ranks, rank);
+    for (int e = threadIdx.x; e < local.count; e += kNumThreads) {
+        int sum = 0;
+        for (int src = 0; src < num_ranks; ++src) {
+            sum += sync::announcement(domain, src, rank, epoch)->expert_counts[e];
+        }
+        host->expert_counts[e] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        host->num_recv = args.rank_prefix_matrix[(num_ranks - 1) * num_ranks + rank];
+        host->fits = fits;
+        ptx::fence_acq_rel_sys();
+        host->epoch = epoch;
+    }
+
+    // The handle: rows at the destinations, and where channels start in what arrives.
+    for (int i = threadIdx.x; i < num_ranks * num_channels; i += kNumThreads) {
+        args.recv_channel_prefix_matrix[i] =
+            sync::announcement(domain, i / num_channels, rank, epoch)->channel_start[i % num_channels];
+    }
+    int next = 0;  // in lane r: row at rank r of this warp's next token
+    if (lane < num_ranks) {
+        next = first_row[lane];
+        for (int w = 0; w < warp; ++w) next += warp_counts[w][lane];
+    }
+    for (int token = range.begin + lane; token - lane < range.end; token += 32) {
+        for (int r = 0; r < num_ranks; ++r) {
+            const int64_t i = static_cast<int64_t>(token) * num_ranks + r;
+            const bool goes = token < range.end && args.is_token_in_rank[i] != 0;
+            const unsigned votes = __ballot_sync(kAllLanes, goes);
+            const int before = __shfl_sync(kAllLanes, next, r) + __popc(votes & ((1u << lane) - 1));
+            if (token < range.end) args.send_head[i] = goes ? before : -1;
+            if (lane == r) next += __popc(votes);
+        }
+    }
+}
+
+}  // namespace
+
+void launch_dispatch_notify(const DispatchNotifyArgs& args, Stream stream) {
+    check_limit(args.num_channels, kMaxChannels, "dispatch_notify", "the number of channels");
+    dispatch_notify<<<1, kNumThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    check_launch("dispatch_notify");
+}
+
+}  // namespace deep_ep

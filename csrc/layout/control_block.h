@@ -1,0 +1,85 @@
+// What ranks tell each other through peer memory: the block at offset 0 of every rank's symmetric heap.
+//
+// Shared by host and device, so that sizes cannot disagree. Operations of a buffer are numbered by epochs from 1 on; all
+// ranks run the same operations in the same order, so their epochs agree.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace deep_ep {
+
+constexpr int kMaxPeers = 32;           // ranks of one NVLink domain
+constexpr int kMaxLocalExperts = 1024;  // experts of one rank whose counts can travel
+constexpr int kMaxChannels = 128;       // channels of the handle matrices
+
+enum class Operation : uint32_t { kDispatch = 1, kCombine = 2 };
+
+// From one rank to one other at the start of an operation. Offsets are into the sender's heap, -1 for an absent tensor.
+struct alignas(16) Announcement {
+    uint64_t epoch;      // written last, with release order
+    uint64_t signature;  // of what must be equal on all ranks
+    int64_t rows;        // dispatch: where rows for the sender go; combine: where the sender's rows lie
+    int64_t scales;
+    int64_t topk_idx;
+    int64_t topk_weights;
+    int64_t src_idx;
+    int64_t capacity;                         // rows that the sender can take
+    int32_t send_counts[kMaxPeers];           // rows from the sender to every rank
+    int32_t channel_start[kMaxChannels];      // rows to the receiver before each channel
+    int32_t expert_counts[kMaxLocalExperts];  // rows for each expert of the receiver
+};
+
+struct alignas(16) ControlBlock {
+    // Written by the owner's kernels.
+    uint64_t epoch;    // operations completed
+    uint32_t arrived;  // blocks of the running kernel that have done their part
+    uint32_t layout_arrived;
+    uint32_t failed;  // set with the first failure: nothing is signalled or waited for any more
+    uint32_t layout_counts[4096 + kMaxPeers];  // sums of the layout kernel, zero between calls
+    // Written by peers; two of each, because a peer can be one operation ahead.
+    alignas(16) Announcement announcements[2][kMaxPeers];
+    uint64_t done[kMaxPeers];  // epoch up to which that rank has finished with this rank's memory
+};
+
+constexpr int kMaxLayoutExperts = 4096;
+
+// In host memory that kernels write: the counts that the host waits for, and the first failure.
+struct HostRecord {
+    // Counts of an uncached dispatch; `epoch` is written last.
+    volatile uint64_t epoch;
+    volatile int64_t num_recv;
+    volatile int64_t fits;  // 0: some rank's capacity is too small for what it would receive
+    volatile int32_t expert_counts[kMaxLocalExperts];
+    // A worst-case dispatch that did not fit; `overflow_total` is written last, and set to 0 by the host.
+    volatile int32_t overflow_rank;
+    volatile int64_t overflow_capacity;
+    volatile int64_t overflow_total;
+    // First failure; `error` is written last. See sync/exchange.cuh.
+    volatile uint32_t error;
+    volatile uint32_t operation;
+    volatile uint32_t phase;
+    volatile int32_t peer;
+    volatile uint64_t expected;
+    volatile uint64_t seen;
+};
+
+// A rank's view of its domain. `base[r]` is where rank r's heap is mapped here.
+struct Domain {
+    uint8_t* base[kMaxPeers];
+    int num_ranks;
+    int rank;
+    HostRecord* host;  // as the device addresses it
+    uint64_t timeout_ns;
+};
+
+enum class DeviceError : uint32_t {
+    kNone = 0,
+    kTimeout = 1,
+    kSignature = 2,
+    kOverflow = 3,
+    kExpertRange = 4
+};
+enum class Phase : uint32_t { kAnnouncement = 1, kDone = 2, kLayout = 3 };
+
+}  // namespace deep_ep
