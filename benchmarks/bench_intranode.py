@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -422,10 +423,8 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     driver = ""
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
+        with contextlib.suppress(OSError):
             driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
-        except OSError:
-            driver = ""
     return {
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
         "num_devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,

@@ -76,7 +76,7 @@ def portable_section(result: dict[str, Any], file_name: str) -> str:
     head = ["call", "deep_ep, ms", "bare all-to-all of the same bytes, ms", "ratio"]
     return (
         f"**Portable engine**, {arguments['ranks']} ranks on {result['cores']} cores ({result['cpu']}), "
-        f"{_shape(arguments)}. Median (quartiles) of {arguments['repetitions']} calls.\n"
+        f"{_shape(arguments)}.\nMedian (quartiles) of {arguments['repetitions']} calls. "
         f"{_origin(result, file_name)}\n\n{markdown_table(head, lines)}"
     )
 
@@ -117,8 +117,8 @@ def intranode_section(result: dict[str, Any], file_name: str) -> str:
         remarks.append("Not a measurement of the links: the ranks shared GPUs, or had no kernels.")
     text = (
         f"**{result['num_devices']} x {result['device']}**, {result['engine']} engine, {arguments['ranks']} ranks, "
-        f"{_shape(arguments)}. Median (quartiles) of {arguments['rounds']} rounds of {arguments['iterations']} calls, "
-        f"slowest rank.\n{_origin(result, file_name)}\n\n{markdown_table(head, lines)}"
+        f"{_shape(arguments)}.\nMedian (quartiles) of {arguments['rounds']} rounds of {arguments['iterations']} calls, "
+        f"slowest rank. {_origin(result, file_name)}\n\n{markdown_table(head, lines)}"
     )
     return text + ("\n\n" + " ".join(remarks) if remarks else "")
 

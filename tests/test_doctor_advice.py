@@ -133,7 +133,7 @@ def test_can_run(archs, capability, runs):
     [
         (SOFTWARE, GPUS, HOST, "cuda", ["reaches the memory", "low-latency calls"]),
         (SOFTWARE, NO_GPUS, HOST, "portable", ["no GPU (no NVIDIA driver)", "shared memory"]),
-        (dataclasses.replace(SOFTWARE, torch_cuda=None), GPUS, HOST, "portable", ["built without CUDA", "shared memory"]),
+        (dataclasses.replace(SOFTWARE, torch_cuda=None), GPUS, HOST, "portable", ["without CUDA", "shared memory"]),
         (
             SOFTWARE, GPUS, with_variables(DEEP_EP_SHARED_MEMORY="0", DEEP_EP_ENGINE="portable"), "portable",
             ["nccl", "DEEP_EP_ENGINE=portable", "sockets: DEEP_EP_SHARED_MEMORY=0"],

@@ -566,8 +566,7 @@ class TestLifetime:
         script = f"""
             import torch
             from deep_ep.engines.mesh import SoloComm, members_of
-            from deep_ep.engines.peer_links import GroupLinks, SocketLinks, close_fds
-from deep_ep.engines.peer_memory import PeerMemory
+            from deep_ep.engines.peer_memory import PeerMemory
             memory = PeerMemory(members_of(None, SoloComm()), torch.device("cuda"), 4096, 64 << 20)
             tensor = memory.empty((1000, 1000), torch.float32).zero_()
             other = torch.cuda.Stream()

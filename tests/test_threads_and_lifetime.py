@@ -1,5 +1,6 @@
 """Buffers made and dropped, interpreter exit, Python threads, and rank counts beyond a host's usual eight."""
 
+import contextlib
 import gc
 import subprocess
 import sys
@@ -84,20 +85,30 @@ def test_drop_is_not_collective():
 
 
 def run_threads(ctx: RankContext, same_buffer: bool):
-    """Two Python threads, each with its own order of calls; on one buffer they take turns as two-batch overlap does."""
+    """Two Python threads, each with its own order of calls; on one buffer they take turns as two-batch overlap does.
+
+    On GPUs each thread works on a stream of its own: ranks queue the operations of two buffers in different orders, and
+    on one stream they would wait for each other.
+    """
     buffers = [ctx.fresh_buffer()]
     buffers.append(buffers[0] if same_buffer else ctx.fresh_buffer())
     errors = []
     turns = [threading.Semaphore(1), threading.Semaphore(0)]
 
+    def own_stream() -> contextlib.AbstractContextManager[object]:
+        if ctx.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.cuda.stream(torch.cuda.Stream(ctx.device))
+
     def work(which: int) -> None:
         try:
-            for step in range(6):
-                if same_buffer:
-                    turns[which].acquire()
-                round_trip(ctx, buffers[which], 10 * which + step, tokens=9 + which)
-                if same_buffer:
-                    turns[1 - which].release()
+            with own_stream():
+                for step in range(6):
+                    if same_buffer:
+                        turns[which].acquire()
+                    round_trip(ctx, buffers[which], 10 * which + step, tokens=9 + which)
+                    if same_buffer:
+                        turns[1 - which].release()
         except BaseException as error:
             errors.append(error)
             turns[1 - which].release()

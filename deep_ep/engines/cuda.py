@@ -61,7 +61,8 @@ class CudaKernels:
         self._domain = _C.PeerDomain(memory.bases, memory.rank, timeout_s)
         self._lock = threading.Lock()
         self._comm_stream: torch.cuda.Stream | None = None
-        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+        self._last: torch.cuda.Stream | None = None
+        self._signatures: dict[object, int] = {}
         self._guess = 0
         self._failure: DeepEPError | None = None
         self.launches: dict[str, int] = {}
@@ -93,12 +94,11 @@ class CudaKernels:
     def ordered(self) -> Iterator[None]:
         """Operations of a buffer run in the order of the calls, whatever streams they are called on."""
         stream = torch.cuda.current_stream(self.device)
-        if self._last is not None and self._last[0] != stream:
-            stream.wait_event(self._last[1])
+        # A captured graph is ordered by whoever replays it.
+        if self._last is not None and self._last != stream and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._last)
         yield
-        event = torch.cuda.Event()
-        event.record(stream)
-        self._last = (stream, event)
+        self._last = stream
 
     # Operations.
 
@@ -394,11 +394,14 @@ class CudaKernels:
 
     def _signature(self, operation: str, rows: torch.Tensor, scales: Any, topk: Any, *numbers: int) -> int:
         """A number that differs wherever ranks disagree about an operation."""
-        parts = [operation, str(rows.dtype), rows.shape[1], *numbers]
-        parts += ["-"] if scales is None else [str(scales.dtype), scales.shape[1]]
-        parts += ["-"] if topk is None else [str(topk[0].dtype), topk[0].shape[1]]
-        text = repr(parts).encode()
-        return zlib.crc32(text) << 16 | zlib.adler32(text) & 0xFFFF
+        of_scales = None if scales is None else (scales.dtype, scales.shape[1])
+        of_topk = None if topk is None else (topk[0].dtype, topk[0].shape[1])
+        key = (operation, rows.dtype, rows.shape[1], of_scales, of_topk, *numbers)
+        known = self._signatures.get(key)
+        if known is None:
+            text = repr(key).encode()
+            known = self._signatures[key] = zlib.crc32(text) << 16 | zlib.adler32(text) & 0xFFFF
+        return known
 
     def _check_limits(self, num_experts: int, num_channels: int) -> None:
         local = -(-num_experts // self.num_ranks)
@@ -424,8 +427,8 @@ class _Outputs:
     ) -> None:
         self._memory = kernels.memory
         self.capacity = capacity
-        self.rows = self._memory.empty((capacity, rows.shape[1]), rows.dtype)
-        wanted: dict[str, tuple[int, torch.dtype]] = {}
+        self._offset_by_name: dict[str, int] = {}
+        wanted = {"rows": (rows.shape[1], rows.dtype)}
         if scales is not None:
             wanted["scales"] = (scales.shape[1], scales.dtype)
         if topk is not None:
@@ -433,30 +436,43 @@ class _Outputs:
             wanted["topk_weights"] = (topk[0].shape[1], torch.float32)
         if with_src_idx:
             wanted["src_idx"] = (1, torch.int32)
-        sizes = [capacity * width * dtype.itemsize for width, dtype in wanted.values()]
-        starts, total = [], 0
-        for size in sizes:
-            starts.append(total)
-            total += -(-size // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
-        slab = self._memory.empty((total,), torch.uint8) if total else None
-        views: dict[str, torch.Tensor] = {}
-        for (name, (width, dtype)), start, size in zip(wanted.items(), starts, sizes, strict=True):
-            if slab is not None:
-                views[name] = slab[start : start + size].view(dtype).view(capacity, width)
-            else:
-                views[name] = torch.empty((capacity, width), dtype=dtype, device=kernels.device)
+        # What lives as long as the handle is kept apart from the rows, which callers drop early.
+        first = 1 if with_src_idx else len(wanted)
+        names = list(wanted)
+        views = self._allocate({name: wanted[name] for name in names[:first]})
+        views.update(self._allocate({name: wanted[name] for name in names[first:]}))
+        self.rows = views["rows"]
         self.scales = views.get("scales")
         self.topk_idx = views.get("topk_idx")
         self.topk_weights = views.get("topk_weights")
         src_idx = views.get("src_idx")
         self.src_idx = src_idx.view(-1) if src_idx is not None else kernels._ints(0)
-        self._with_src_idx = with_src_idx
+
+    def _allocate(self, wanted: dict[str, tuple[int, torch.dtype]]) -> dict[str, torch.Tensor]:
+        """Tensors [capacity, width] in one block of the pool."""
+        starts, total = [], 0
+        for width, dtype in wanted.values():
+            starts.append(total)
+            size = self.capacity * width * dtype.itemsize
+            total += -(-size // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
+        block = self._memory.empty((total,), torch.uint8).untyped_storage() if total else None
+        base = self._memory.heap.offset_of(block.data_ptr()) if block is not None else -1
+        tensors = {}
+        for (name, (width, dtype)), start in zip(wanted.items(), starts, strict=True):
+            tensor = torch.empty(0, dtype=dtype, device=self._memory.device)
+            if block is not None:
+                # Not a view: callers may give the tensor other storage, or ask it for gradients.
+                tensor.set_(block, start // dtype.itemsize, (self.capacity, width), (width, 1))
+            else:
+                tensor = tensor.view(0, width)
+            tensors[name] = tensor
+            self._offset_by_name[name] = base + start if base >= 0 else 0
+        return tensors
 
     def offsets(self) -> tuple[int, int, int, int, int, int]:
         """Where the peers write: offsets into this rank's heap, -1 for an absent tensor, and the capacity."""
-        src_idx = self.src_idx if self._with_src_idx else None
-        tensors = (self.rows, self.scales, self.topk_idx, self.topk_weights, src_idx)
-        offsets = [-1 if tensor is None else self._memory.offset_of(tensor) or 0 for tensor in tensors]
+        names = ("rows", "scales", "topk_idx", "topk_weights", "src_idx")
+        offsets = [self._offset_by_name.get(name, -1) for name in names]
         return offsets[0], offsets[1], offsets[2], offsets[3], offsets[4], self.capacity
 
     def mark_unused(self) -> None:
@@ -467,8 +483,7 @@ class _Outputs:
 
     def trim(self, num_rows: int) -> None:
         """Give the tensors their exact number of rows."""
-        self.rows = self.rows[:num_rows]
-        self.src_idx = self.src_idx[:num_rows]
-        self.scales = None if self.scales is None else self.scales[:num_rows]
-        self.topk_idx = None if self.topk_idx is None else self.topk_idx[:num_rows]
-        self.topk_weights = None if self.topk_weights is None else self.topk_weights[:num_rows]
+        for tensor in (self.rows, self.scales, self.topk_idx, self.topk_weights, self.src_idx):
+            if tensor is not None and tensor.shape[0] != num_rows:
+                shape = (num_rows, *tensor.shape[1:])
+                tensor.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, tensor.stride())
