@@ -59,7 +59,8 @@ class Buffer(LowLatencyMixin):
 
     Attributes:
         rank, group, comm, group_size, num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy,
-        enable_shrink: as given. engine: name of the engine, ``"portable"``. runtime: the engine, None once destroyed.
+        enable_shrink: as given. engine: its name, ``"cuda"`` (kernels) or ``"portable"``. runtime: the engine, None
+        once destroyed.
         traffic: `TrafficStats`, what was moved so far.
 
     Raises:
@@ -97,7 +98,6 @@ class Buffer(LowLatencyMixin):
         timeout = resolve_timeout(timeout_s)
         members = members_of(group, comm)
         self.group = group
-        self.comm = comm
         self.comm = comm
         self.rank, self.group_size = members.rank, members.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
@@ -367,7 +367,9 @@ class Buffer(LowLatencyMixin):
         """
         runtime = self._engine("dispatch")
         rows_as_sent = _rows_as_sent(x, use_fp8)
-        with runtime.lock, runtime.call(rows_as_sent, x, previous_event, async_finish) as call:
+        layout = (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
+        inputs = (x, handle, layout, topk_idx, topk_weights)
+        with runtime.lock, runtime.call(rows_as_sent, inputs, previous_event, async_finish) as call:
             with self._refusing("dispatch", rows_as_sent):
                 rows, scales = checks.check_rows(x, "dispatch")
                 checks.check_count(expert_alignment, "expert_alignment", "dispatch", minimum=1)
@@ -385,12 +387,6 @@ class Buffer(LowLatencyMixin):
                     }
                     request = cached_request(runtime, rows, scales, handle, given, num_worst_tokens, config)
                 else:
-                    layout = (
-                        num_tokens_per_rank,
-                        num_tokens_per_rdma_rank,
-                        is_token_in_rank,
-                        num_tokens_per_expert,
-                    )
                     topk = (topk_idx, topk_weights)
                     request = fresh_request(runtime, rows, scales, layout, topk, num_worst_tokens, config)
             with self._all_or_nothing("dispatch"):
@@ -433,7 +429,7 @@ class Buffer(LowLatencyMixin):
             ConfigError: bad arguments or a handle of another dispatch. PeerError, CommTimeout: as for `dispatch`.
         """
         runtime = self._engine("combine")
-        with runtime.lock, runtime.call(x, x, previous_event, async_finish) as call:
+        with runtime.lock, runtime.call(x, (x, handle, topk_weights, bias), previous_event, async_finish) as call:
             with self._refusing("combine", x):
                 config = checked_config(config, "combine") or self.get_combine_config(self.group_size)
                 rows = checks.check_tensor(x, "x", "combine", dim=2, dtypes=checks.COMBINE_DTYPES)

@@ -89,7 +89,7 @@ def bare_kernels():
     """`CudaKernels` without memory or device: for what needs neither."""
     kernels = CudaKernels.__new__(CudaKernels)
     kernels.rank, kernels.num_ranks, kernels.timeout_s = 0, 4, 2.0
-    kernels.device = torch.device("cuda", 0)
+    kernels.device, kernels._signatures = torch.device("cuda", 0), {}
     return kernels
 
 

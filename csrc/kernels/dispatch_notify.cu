@@ -95,9 +95,7 @@ __global__ void __launch_bounds__(kNumThreads)
     if (!all_here) return;
 
     // Everybody's counts are here: rows of rank r at its destinations follow those of the ranks before it.
-    __shared__ int fits;
-    if (threadIdx.x == 0) fits = 1;
-    __syncthreads();
+    __shared__ int totals[kMaxPeers];
     if (threadIdx.x < num_ranks) {
         const int dst = static_cast<int>(threadIdx.x);
         int sum = 0;
@@ -106,33 +104,39 @@ __global__ void __launch_bounds__(kNumThreads)
             sum += sync::announcement(domain, src, rank, epoch)->send_counts[dst];
             args.rank_prefix_matrix[src * num_ranks + dst] = sum;
         }
-        const int64_t capacity = sync::announcement(domain, dst, rank, epoch)->capacity;
-        if (sum > capacity) {
-            fits = 0;
-            if (args.fixed_capacity) {
-                domain.host->overflow_rank = dst;
-                domain.host->overflow_capacity = capacity;
-                ptx::fence_acq_rel_sys();
-                domain.host->overflow_total = sum;
-            }
-        }
+        totals[dst] = sum;
     }
     __syncthreads();
     HostRecord* host = domain.host;
-    const ExpertRange local = expert_range(args.num_experts, num_ranks, rank);
-    for (int e = threadIdx.x; e < local.count; e += kNumThreads) {
-        int sum = 0;
-        for (int src = 0; src < num_ranks; ++src) {
-            sum += sync::announcement(domain, src, rank, epoch)->expert_counts[e];
+    if (!args.fixed_capacity) {
+        const ExpertRange local = expert_range(args.num_experts, num_ranks, rank);
+        for (int e = threadIdx.x; e < local.count; e += kNumThreads) {
+            int sum = 0;
+            for (int src = 0; src < num_ranks; ++src) {
+                sum += sync::announcement(domain, src, rank, epoch)->expert_counts[e];
+            }
+            host->expert_counts[e] = sum;
         }
-        host->expert_counts[e] = sum;
+        __syncthreads();
     }
-    __syncthreads();
     if (threadIdx.x == 0) {
-        host->num_recv = args.rank_prefix_matrix[(num_ranks - 1) * num_ranks + rank];
-        host->fits = fits;
-        ptx::fence_acq_rel_sys();
-        host->epoch = epoch;
+        int overflowing = -1;
+        for (int dst = num_ranks - 1; dst >= 0; --dst) {
+            if (totals[dst] > sync::announcement(domain, dst, rank, epoch)->capacity) overflowing = dst;
+        }
+        if (!args.fixed_capacity) {
+            // The host waits for these. A worst-case dispatch has no host to tell: it may run when the host already
+            // waits for the counts of a later call.
+            host->num_recv = totals[rank];
+            host->fits = overflowing < 0;
+            ptx::fence_acq_rel_sys();
+            host->epoch = epoch;
+        } else if (overflowing >= 0) {
+            host->overflow_rank = overflowing;
+            host->overflow_capacity = sync::announcement(domain, overflowing, rank, epoch)->capacity;
+            ptx::fence_acq_rel_sys();
+            host->overflow_total = totals[overflowing];
+        }
     }
 
     // The handle: rows at the destinations, and where channels start in what arrives.

@@ -37,7 +37,10 @@ __device__ __forceinline__ bool wait_at_least(const Domain& domain, const uint64
     uint64_t seen = ptx::ld_acquire_sys(flag);
     if (seen >= target) return true;
     const uint64_t start = ptx::globaltimer_ns();
+    const auto* failed = reinterpret_cast<const volatile uint32_t*>(&own_control(domain)->failed);
     while ((seen = ptx::ld_acquire_sys(flag)) < target) {
+        // One failure ends all waits: what was queued behind it must not wait for a deadline of its own.
+        if (*failed != 0) return false;
         if (ptx::globaltimer_ns() - start > domain.timeout_ns) {
             report(domain, DeviceError::kTimeout, operation, phase, peer, target, seen);
             return false;

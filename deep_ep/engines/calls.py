@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from types import TracebackType
 
 import torch
@@ -15,8 +16,7 @@ class Call:
 
     def __init__(self, inputs: object, previous_event: EventOverlap | EventHandle | None, async_finish: bool) -> None:
         # Arguments are checked later; whatever is no tensor here is refused there.
-        given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-        self.inputs = tuple(item for item in given if isinstance(item, torch.Tensor))
+        self.inputs = tuple(_tensors(inputs))
         self.previous_event = previous_event
         self.async_finish = async_finish
         self.event = EventOverlap()
@@ -46,3 +46,11 @@ class Call:
 
     def keep(self, *outputs: torch.Tensor | None) -> None:
         """Name the tensors that the caller gets, so that their memory is not reused too early."""
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

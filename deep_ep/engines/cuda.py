@@ -62,6 +62,7 @@ class CudaKernels:
         self._lock = threading.Lock()
         self._comm_stream: torch.cuda.Stream | None = None
         self._last: torch.cuda.Stream | None = None
+        self._last_event = torch.cuda.Event()
         self._signatures: dict[object, int] = {}
         self._guess = 0
         self._failure: DeepEPError | None = None
@@ -70,13 +71,19 @@ class CudaKernels:
     # What is served.
 
     def serves(self, rows: torch.Tensor) -> bool:
-        """Whether the kernels move rows like these."""
-        return (
-            isinstance(rows, torch.Tensor)
-            and rows.is_cuda
-            and rows.dim() == 2
-            and rows.shape[1] * rows.element_size() % 16 == 0
-        )
+        """Whether the kernels move rows like these.
+
+        Raises:
+            ConfigError: rows on another GPU than the buffer's.
+        """
+        if not isinstance(rows, torch.Tensor) or not rows.is_cuda or rows.dim() != 2:
+            return False
+        if rows.device != self.device:
+            raise ConfigError(
+                f"x is on {rows.device} but this buffer is on {self.device}; move x, or construct a buffer there"
+            )
+        row_bytes = rows.shape[1] * rows.element_size()
+        return row_bytes > 0 and row_bytes % 16 == 0
 
     def serves_layout(self, topk_idx: torch.Tensor, num_experts: int) -> bool:
         """Whether the layout kernel counts these."""
@@ -93,12 +100,20 @@ class CudaKernels:
     @contextlib.contextmanager
     def ordered(self) -> Iterator[None]:
         """Operations of a buffer run in the order of the calls, whatever streams they are called on."""
-        stream = torch.cuda.current_stream(self.device)
-        # A captured graph is ordered by whoever replays it.
-        if self._last is not None and self._last != stream and not torch.cuda.is_current_stream_capturing():
-            stream.wait_stream(self._last)
-        yield
-        self._last = stream
+        with contextlib.ExitStack() as device:
+            if torch.cuda.current_device() != self.device.index:  # the current device is that of the thread
+                device.enter_context(torch.cuda.device(self.device))
+            stream = torch.cuda.current_stream(self.device)
+            # A captured graph is ordered by whoever replays it.
+            capturing = torch.cuda.is_current_stream_capturing()
+            if self._last is not None and self._last != stream and not capturing:
+                stream.wait_event(self._last_event)
+            try:
+                yield
+            finally:
+                if not capturing:
+                    self._last_event.record(stream)
+                    self._last = stream
 
     # Operations.
 
@@ -154,7 +169,8 @@ class CudaKernels:
         prefix = matrices[: num_ranks * num_ranks].view(num_ranks, num_ranks)
         sent, received = matrices[num_ranks * num_ranks :].view(2, num_ranks, num_channels).unbind(0)
         send_head = self._ints(num_tokens * num_ranks).view(num_tokens, num_ranks)
-        signature = self._signature("dispatch", rows, scales, topk, num_experts, num_channels)
+        kind = "worst-case dispatch" if num_worst_tokens else "dispatch"
+        signature = self._signature(kind, rows, scales, topk, num_experts, num_channels)
         self._domain.expect_counts()
         self._count("dispatch_notify")
         self._domain.dispatch_notify(
@@ -238,13 +254,22 @@ class CudaKernels:
     # Failures.
 
     def check(self) -> None:
-        """Raise what the kernels have reported so far.
+        """Raise the failure that kernels have reported, if any.
 
         Raises:
-            CommTimeout, ConfigError, PeerError, BufferOverflow: see `raise_failure`.
+            CommTimeout, ConfigError, PeerError: see `raise_failure`.
         """
         if self._failure is not None or self._domain.error() is not None:
             self.raise_failure("check")
+
+    def check_overflow(self) -> None:
+        """Raise if rows of a worst-case dispatch were left out since the last call.
+
+        Apart from `check`, since ranks learn of it at different times, and must not fall out of step.
+
+        Raises:
+            BufferOverflow: with the rank, its total and its capacity.
+        """
         overflow = self._domain.take_overflow()
         if overflow is not None:
             rank, total, capacity = overflow

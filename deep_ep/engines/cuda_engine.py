@@ -67,6 +67,8 @@ class DeviceCall(Call):
             entered.enter_context(torch.cuda.stream(comm))
             wait_previous(self.previous_event)
             entered.callback(self._rejoin)
+        else:
+            wait_previous(self.previous_event)
         entered.enter_context(self._kernels.ordered())
 
     def _leave(self) -> None:
@@ -192,6 +194,7 @@ class CudaEngine(PortableEngine):
 
     def check(self) -> None:
         self.kernels.check()
+        self.kernels.check_overflow()
 
     def destroy(self) -> None:
         with self.lock:

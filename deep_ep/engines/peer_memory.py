@@ -248,6 +248,7 @@ class PeerMemory:
             self._spares: dict[int, range] = {}
             self._held: list[torch.UntypedStorage] = []
             self._pool = torch.cuda.MemPool(_torch_allocator())
+            self._leased: list[torch.UntypedStorage] = []
             _live.add(self)
         except BaseException:
             self._links.close()
@@ -361,6 +362,9 @@ class PeerMemory:
         storage = self._try_storage(pool_size(num_bytes))
         if storage is None:
             return None
+        if torch.cuda.is_current_stream_capturing():
+            # A replay writes here for as long as the graph lives, which nobody tells; so it is held until close.
+            self._leased.append(storage)
         # Not torch.empty(shape) in the pool: with deterministic algorithms torch fills that, also a stand-in.
         tensor = torch.empty(0, dtype=dtype, device=self.device)
         _set_storage(tensor, storage, shape)
@@ -489,6 +493,7 @@ class PeerMemory:
             return
         if torch.cuda.is_current_stream_capturing():
             raise ConfigError("peer memory: close() during graph capture; destroy the buffer after the capture")
+        self._leased.clear()
         pool, self._pool = self._pool, None
         self._links.close()
         self._held.clear()
