@@ -395,9 +395,9 @@ class Buffer(LowLatencyMixin):
         recv_x: Rows = result.rows if result.scales is None else (result.rows, result.scales)
         if handle is not None:
             return recv_x, None, None, None, None, call.event
-        counts = (
-            [] if num_worst_tokens else [align_up(n, expert_alignment) for n in result.num_recv_tokens_per_expert or []]
-        )
+        counts = [] if num_worst_tokens else result.num_recv_tokens_per_expert or []
+        if expert_alignment > 1:
+            counts = [align_up(count, expert_alignment) for count in counts]
         return recv_x, result.topk_idx, result.topk_weights, counts, result.handle, call.event
 
     def combine(

@@ -5,6 +5,8 @@ The hints keep the interface's formulas, because callers allocate by them; neith
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .errors import ConfigError
@@ -160,11 +162,13 @@ def _nearest(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tup
     return table[next((ranks for ranks in sorted(table) if ranks >= num_ranks), max(table))]
 
 
+@functools.lru_cache(maxsize=64)
 def default_dispatch_config(num_ranks: int, num_sms: int) -> Config:
     """Dispatch configuration for any number of ranks: that of the next listed size up."""
     return Config(num_sms, *_nearest(_DISPATCH_CHUNKS, num_ranks))
 
 
+@functools.lru_cache(maxsize=64)
 def default_combine_config(num_ranks: int, num_sms: int) -> Config:
     """Combine configuration for any number of ranks: that of the next listed size up."""
     return Config(num_sms, *_nearest(_COMBINE_CHUNKS, num_ranks))
