@@ -71,15 +71,13 @@ class World:
         self.group = dist.new_group(list(range(args.ranks)))
 
     def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values := [None] * self.size, value, group=self.group)
         return values
 
     def gather_tensor(self, value: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all ranks (equal shapes) on this rank's device, by way of the host, bytes untouched."""
         raw = value.contiguous().cpu().view(torch.uint8)
-        parts = [torch.empty_like(raw) for _ in range(self.size)]
-        dist.all_gather(parts, raw, group=self.group)
+        dist.all_gather(parts := [torch.empty_like(raw) for _ in range(self.size)], raw, group=self.group)
         return [part.view(value.dtype).to(self.device) for part in parts]
 
     def synchronize(self) -> None:
@@ -91,13 +89,8 @@ class World:
         dist.barrier(self.group)
 
     def microseconds(self, call: Callable[[], Any], iterations: int) -> float:
-        """Time of one of `iterations` back-to-back calls, on this rank.
-
-        What was imported and built so far is taken out of the garbage collector's sight: walking over it takes tens of
-        milliseconds, at a moment of its own choosing. Objects that the calls make are collected as ever.
-        """
-        gc.collect()
-        gc.freeze()
+        """Time of one of `iterations` back-to-back calls, on this rank."""
+        gc.freeze()  # a walk of the collector over all imports takes tens of ms, at a moment of its own choosing
         for _ in range(WARMUPS):
             call()
         if not self.num_devices:

@@ -165,6 +165,11 @@ def _set_storage(tensor: Any, storage: torch.UntypedStorage, shape: Sequence[int
     tensor.set_(storage, 0, tuple(shape))  # contiguous; the type stubs lack this form
 
 
+def _capturing() -> bool:
+    # A torch without CUDA has no answer, and no capture.
+    return torch.version.cuda is not None and torch.cuda.is_current_stream_capturing()
+
+
 def pool_size(num_bytes: int) -> int:
     """Bytes asked of the pool for a tensor of ``num_bytes``.
 
@@ -362,7 +367,7 @@ class PeerMemory:
         storage = self._try_storage(pool_size(num_bytes))
         if storage is None:
             return None
-        if torch.cuda.is_current_stream_capturing():
+        if _capturing():
             # A replay writes here for as long as the graph lives, which nobody tells; so it is held until close.
             self._leased.append(storage)
         # Not torch.empty(shape) in the pool: with deterministic algorithms torch fills that, also a stand-in.
@@ -420,7 +425,7 @@ class PeerMemory:
 
     def _wake_blocks(self) -> None:
         """Blocks that waited for other streams come back in allocations outside the pool."""
-        if not torch.cuda.is_current_stream_capturing():
+        if not _capturing():
             torch.empty(1, dtype=torch.uint8, device=self.device)
 
     def _storage(self, num_bytes: int, *, stand_in_only: bool = False) -> torch.UntypedStorage | None:
@@ -491,7 +496,7 @@ class PeerMemory:
         """
         if self._pool is None:
             return
-        if torch.cuda.is_current_stream_capturing():
+        if _capturing():
             raise ConfigError("peer memory: close() during graph capture; destroy the buffer after the capture")
         self._leased.clear()
         pool, self._pool = self._pool, None
