@@ -85,11 +85,9 @@ class Build(build_ext):
             commands.update({source: self.nvcc_command(nvcc, archs) for source in sorted(CSRC.rglob("*.cu"))})
         else:
             print("deep_ep: no nvcc, building the CPU loops only", flush=True)
-        headers = [p for pattern in ("*.h", "*.cuh", "*.inl") for p in CSRC.rglob(pattern)]
-        newest_header = max(header.stat().st_mtime for header in headers)
         jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(max(jobs, 1)) as pool:
-            objects = list(pool.map(lambda item: self.compile(work, newest_header, *item), commands.items()))
+            objects = list(pool.map(lambda item: self.compile(work, *item), commands.items()))
         linker = [nvcc, "-shared", "-cudart=static", *self.host_compiler()] if nvcc else [*cxx, "-shared", "-pthread"]
         hide = "--exclude-libs,ALL"
         run([*linker, *(["-Xlinker", hide] if nvcc else [f"-Wl,{hide}"]), *map(str, objects), "-o", str(target)])
@@ -105,16 +103,24 @@ class Build(build_ext):
     def host_compiler(self) -> list[str]:
         return [f"-ccbin={shlex.split(os.environ['CXX'])[0]}"] if os.environ.get("CXX") else []
 
-    def compile(self, work: Path, newest_header: float, source: Path, command: list[str]) -> Path:
+    def compile(self, work: Path, source: Path, command: list[str]) -> Path:
         target = work / source.relative_to(ROOT).with_suffix(source.suffix + ".o")
-        note = target.with_suffix(".command")
-        full = [*command, "-c", "-o", str(target), str(source)]
+        note, needs = target.with_suffix(".command"), target.with_suffix(".d")
+        full = [*command, "-MMD", "-MF", str(needs), "-c", "-o", str(target), str(source)]
         current = target.exists() and note.exists() and note.read_text() == shlex.join(full)
-        if not (current and target.stat().st_mtime > max(source.stat().st_mtime, newest_header)):
+        if not (current and target.stat().st_mtime > newest_time(needs)):
             target.parent.mkdir(parents=True, exist_ok=True)
             run(full)
             note.write_text(shlex.join(full))
         return target
+
+
+def newest_time(needs: Path) -> float:
+    """When the source of an object, or a header that it includes, was changed last; infinity if that is not known."""
+    if not needs.exists():
+        return float("inf")
+    paths = shlex.split(needs.read_text().partition(": ")[2].replace("\\\n", " "))
+    return max((os.stat(path).st_mtime if os.path.exists(path) else float("inf")) for path in paths)
 
 
 setup(ext_modules=[Extension("deep_ep._C", sources=[])], cmdclass={"build_ext": Build})
