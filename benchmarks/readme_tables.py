@@ -87,40 +87,75 @@ def _targets(result: dict[str, Any]) -> dict[str, dict[int, int]]:
     return TARGETS_US if gpu in result["device"] and measured == case else {}
 
 
+def _ratio(row: dict[str, Any], us: str, ratio: str) -> list[str]:
+    if row.get(us) is None:
+        return ["-", "-"]
+    return [f"{row[us]:.0f}", f"{row[ratio]:.2f}"]
+
+
 def intranode_section(result: dict[str, Any], file_name: str) -> str:
-    """Against the link's limit of the same run, and against the targets where there are any."""
+    """Against the limits of the same run, and against the targets where there are any."""
     arguments, targets = result["arguments"], _targets(result)
-    head = ["call", "SMs", "us", "GB/s", "limit, us", "ratio"] + (["target, us"] if targets else [])
+    probed = any(row.get("probe_us") is not None for row in result["rows"])
+    head = ["call", "SMs", "us", "GB/s"]
+    head += ["same rows, bare, us", "ratio"] if probed else []
+    head += ["copy engines, us", "ratio"] + (["target, us"] if targets else [])
     keys = [row["key"] for row in result["rows"]]
     lines = []
     for row in sorted(result["rows"], key=lambda row: (keys.index(row["key"]), row["num_sms"])):
-        measured = row["limit_us"] is not None
         line = [
             row["name"],
             str(row["num_sms"]),
             f"{row['median_us']:.0f} ({row['p25_us']:.0f}-{row['p75_us']:.0f})",
             f"{row['gb_s']:.0f}",
-            f"{row['limit_us']:.0f}" if measured else "-",
-            f"{row['ratio_to_limit']:.2f}" if measured else "-",
         ]
+        line += _ratio(row, "probe_us", "ratio_to_probe") if probed else []
+        line += _ratio(row, "limit_us", "ratio_to_limit")
         if targets:
             target = targets.get(row["key"], {}).get(row["num_sms"])
             line.append("-" if target is None else str(target))
         lines.append(line)
-    remarks = []
-    local = result["limits"]["local_copy"]
-    if result["limits"]["copy_engine"]:
-        remarks.append("Limit: the copy engines move the same bytes, both directions at once.")
-    if local:
-        remarks.append(f"A copy within one GPU: {local['gb_s']:.0f} GB/s.")
-    if not result["timings_meaningful"]:
-        remarks.append("Not a measurement of the links: the ranks shared GPUs, or had no kernels.")
     text = (
         f"**{result['num_devices']} x {result['device']}**, {result['engine']} engine, {arguments['ranks']} ranks, "
         f"{_shape(arguments)}.\nMedian (quartiles) of {arguments['rounds']} rounds of {arguments['iterations']} calls, "
         f"slowest rank. {_origin(result, file_name)}\n\n{markdown_table(head, lines)}"
     )
-    return text + ("\n\n" + " ".join(remarks) if remarks else "")
+    remarks = _remarks(result, probed)
+    if remarks:
+        text += "\n\n" + " ".join(remarks)
+    return text + (f"\n\n{_limits_table(result['limits']['probes'])}" if probed else "")
+
+
+def _remarks(result: dict[str, Any], probed: bool) -> list[str]:
+    remarks, limits = [], result["limits"]
+    if probed:
+        remarks.append("Limits of the same run, both directions at once: bare kernels that move the same rows (below),")
+        remarks.append("and the copy engines with the same bytes.")
+    elif limits["copy_engine"]:
+        remarks.append("Limit: the copy engines move the same bytes, both directions at once.")
+    if limits["local_copy"]:
+        remarks.append(f"A copy within one GPU: {limits['local_copy']['gb_s']:.0f} GB/s.")
+    layout = result.get("layout")
+    if layout and result["engine"] == "cuda":
+        remarks.append(f"Layout of {layout['tokens']} x {layout['topk']} alone: {layout['median_us']:.1f} us.")
+    flag = limits.get("flags", {}).get("0")
+    if flag:
+        remarks.append(f"A flag to the peer: {flag['median_us']:.1f} us.")
+    hosts = [f"{figure['name']} {figure['median_us']:.0f} us" for figure in result.get("host", [])]
+    if hosts and result["engine"] == "cuda":
+        tokens = result["host"][0]["tokens"]
+        remarks.append(f"Host time of a call ({tokens} tokens, nothing waited for): {'; '.join(hosts)}.")
+    if not result["timings_meaningful"]:
+        remarks.append("Not a measurement of the links: the ranks shared GPUs, or had no kernels.")
+    return remarks
+
+
+def _limits_table(probes: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        [probe["name"], str(probe["num_sms"]), f"{probe['median_us']:.0f}", f"{probe['gb_s']:.0f}", probe["shape"]]
+        for probe in probes
+    ]
+    return markdown_table(["limit", "SMs", "us", "GB/s over the link", "how"], lines)
 
 
 #: By the field `benchmark`, in the order of the README.

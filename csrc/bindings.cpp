@@ -1,5 +1,5 @@
-// The only file that knows Python. Tensors arrive as addresses, sizes and strides that deep_ep/ops.py, fp8.py and
-// logfmt.py have checked; here they become the argument structs of the loops and kernels.
+// What Python sees: only bindings*.cpp know Python. Tensors arrive as addresses, sizes and strides that deep_ep/ops.py,
+// fp8.py and logfmt.py have checked; here they become the argument structs of the loops and kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,15 +16,17 @@
 
 #ifdef DEEP_EP_WITH_CUDA
 #include "kernels/launch.h"
-#include "kernels/peer_launch.h"
-#include "layout/expert_range.h"
-#include "runtime/peer_domain.h"
+#include "runtime/device_reach.h"
 #include "runtime/symmetric_heap.h"
 #endif
 
 namespace py = pybind11;
 
 namespace deep_ep {
+
+void bind_peer_kernels(py::module_& m);  // bindings_peer.cpp
+void bind_probes(py::module_& m);        // bindings_probe.cpp
+
 namespace {
 
 using Address = uintptr_t;  // Tensor.data_ptr()
@@ -229,107 +231,12 @@ void bind_peer_memory(py::module_& m) {
         .def("bases", &SymmetricHeap::bases)
         .def("offset_of", &SymmetricHeap::offset_of)
         .def("usage", &heap_usage)
+        .def("granularity", &SymmetricHeap::granularity)
         .def("activate", &SymmetricHeap::activate)
-        .def_static("deactivate", &SymmetricHeap::deactivate)
         .def_static("is_stand_in", &SymmetricHeap::is_stand_in)
+        .def("reserve_block", &SymmetricHeap::reserve_block)
+        .def("return_block", &SymmetricHeap::return_block)
         .def("destroy", &SymmetricHeap::destroy, NoGil());
-}
-
-// Kernels over peers' memory.
-OutputOffsets output_offsets(const py::tuple& t) {
-    return {t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-            t[3].cast<int64_t>(), t[4].cast<int64_t>(), t[5].cast<int64_t>()};
-}
-
-void dispatch_layout(PeerDomain& self, Address topk_idx, bool is_int64, int num_tokens, int num_topk,
-                     int num_experts, Address per_rank, Address per_expert, Address in_rank, Address stream) {
-    launch_dispatch_layout(
-        {self.domain(), pointer<const void>(topk_idx), is_int64, num_tokens, num_topk, num_experts,
-         pointer<int32_t>(per_rank), pointer<int32_t>(per_expert), pointer<uint8_t>(in_rank)},
-        pointer(stream));
-}
-
-void dispatch_notify(PeerDomain& self, uint64_t signature, const py::tuple& output, bool fixed_capacity,
-                     int num_tokens, int num_experts, int num_channels, Address per_rank, Address per_expert,
-                     Address in_rank, Address rank_prefix, Address channel_prefix,
-                     Address recv_channel_prefix, Address send_head, Address stream) {
-    launch_dispatch_notify(
-        {self.domain(), signature, output_offsets(output), fixed_capacity, num_tokens, num_experts,
-         num_channels, pointer<const int32_t>(per_rank), pointer<const int32_t>(per_expert),
-         pointer<const uint8_t>(in_rank), pointer<int32_t>(rank_prefix), pointer<int32_t>(channel_prefix),
-         pointer<int32_t>(recv_channel_prefix), pointer<int32_t>(send_head)},
-        pointer(stream));
-}
-
-void dispatch_rows(PeerDomain& self, uint64_t signature, bool announce, const py::tuple& output,
-                   int num_tokens, Address send_head, Address rows, int64_t row_bytes, Address scales,
-                   int scales_per_token, const py::tuple& scales_strides, Address topk_idx,
-                   bool topk_is_int64, Address topk_weights, int num_topk, int num_experts, int num_sms,
-                   Address stream) {
-    launch_dispatch_rows({self.domain(), signature, announce, output_offsets(output), num_tokens,
-                          pointer<const int32_t>(send_head), pointer<const uint8_t>(rows), row_bytes,
-                          pointer<const uint8_t>(scales), scales_per_token, scales_strides[0].cast<int64_t>(),
-                          scales_strides[1].cast<int64_t>(), pointer<const void>(topk_idx), topk_is_int64,
-                          pointer<const float>(topk_weights), num_topk, num_experts},
-                         num_sms, pointer(stream));
-}
-
-void combine_rows(PeerDomain& self, uint64_t signature, int64_t rows_offset, int64_t weights_offset,
-                  int num_tokens, Address send_head, int64_t hidden, int type,
-                  const std::vector<Address>& biases, Address out, int num_topk, Address out_weights,
-                  int num_sms, Address stream) {
-    CombineRowsArgs args{self.domain(), signature,
-                         rows_offset,   weights_offset,
-                         num_tokens,    pointer<const int32_t>(send_head),
-                         hidden,        static_cast<ElementType>(type)};
-    for (Address bias : biases) args.biases[args.num_biases++] = pointer<const uint8_t>(bias);
-    args.out = pointer<uint8_t>(out);
-    args.num_topk = num_topk;
-    args.out_weights = pointer<float>(out_weights);
-    launch_combine_rows(args, num_sms, pointer(stream));
-}
-
-std::vector<int> domain_expert_counts(PeerDomain& self, int num_experts) {
-    const Domain& domain = self.domain();
-    const int count = expert_range(num_experts, domain.num_ranks, domain.rank).count;
-    std::vector<int> result(count);
-    for (int e = 0; e < count; ++e) result[e] = self.host().expert_counts[e];
-    return result;
-}
-
-py::object domain_error(PeerDomain& self) {
-    const HostRecord& host = self.host();
-    if (host.error == 0) return py::none();
-    return py::make_tuple(host.error + 0, host.operation + 0, host.phase + 0, host.peer + 0,
-                          host.expected + 0, host.seen + 0);
-}
-
-py::object domain_take_overflow(PeerDomain& self) {
-    HostRecord& host = self.host();
-    if (host.overflow_total == 0) return py::none();
-    const auto result =
-        py::make_tuple(host.overflow_rank + 0, host.overflow_total + 0, host.overflow_capacity + 0);
-    host.overflow_total = 0;
-    return result;
-}
-
-void bind_peer_kernels(py::module_& m) {
-    using NoGil = py::call_guard<py::gil_scoped_release>;
-    m.attr("CONTROL_BLOCK_BYTES") = static_cast<int64_t>(sizeof(ControlBlock));
-    py::class_<PeerDomain>(m, "PeerDomain")
-        .def(py::init<const std::vector<uintptr_t>&, int, double>())
-        .def("dispatch_layout", &dispatch_layout)
-        .def("dispatch_notify", &dispatch_notify)
-        .def("dispatch_rows", &dispatch_rows)
-        .def("combine_rows", &combine_rows)
-        .def("expect_counts", &PeerDomain::expect_counts)
-        .def("wait_counts", &PeerDomain::wait_counts, NoGil())
-        .def("counts",
-             [](PeerDomain& self) { return py::make_tuple(self.host().num_recv + 0, self.host().fits != 0); })
-        .def("expert_counts", &domain_expert_counts)
-        .def("error", &domain_error)
-        .def("take_overflow", &domain_take_overflow)
-        .def("close", &PeerDomain::close);
 }
 
 void bind_cuda(py::module_& m) {
@@ -340,6 +247,7 @@ void bind_cuda(py::module_& m) {
     m.def("cuda_dequantize_rows", &cuda_dequantize_rows, NoGil());
     bind_peer_memory(m);
     bind_peer_kernels(m);
+    bind_probes(m);
 }
 
 #endif  // DEEP_EP_WITH_CUDA

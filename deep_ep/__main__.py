@@ -9,8 +9,9 @@ from typing import cast
 
 from deep_ep.doctor.cli import add_parser as add_doctor
 from deep_ep.train.cli import add_parser as add_train
+from deep_ep.tune.cli import add_parser as add_tune
 
-COMMANDS = (add_train, add_doctor)
+COMMANDS = (add_train, add_doctor, add_tune)
 
 
 def main(argv: list[str] | None = None) -> int:

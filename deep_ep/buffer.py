@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from . import checks
+from . import checks, fp8
 from ._native import _C
 from .checks import Rows
-from .config import Config, align_up, default_combine_config, default_dispatch_config
+from .config import DEFAULT_NUM_SMS, Config, align_up
 from .engines import PortableEngine
-from .engines.cuda_engine import MIN_POOL_BYTES, CudaEngine, open_peer_memory
+from .engines.cuda_engine import MIN_POOL_BYTES, CudaEngine, PoolRequest, open_peer_memory
 from .engines.mesh import Mesh, MpiLikeComm, members_of, resolve_timeout
+from .engines.portable import DispatchRequest
 from .engines.shared import SharedRows
-from .errors import BufferDestroyed, ConfigError, DeepEPError
+from .errors import BufferDestroyed, ConfigError
 from .event import EventHandle, EventOverlap, wait_previous
 from .handles import Handle, check_handle_fields
 from .low_latency import LowLatencyMixin
-from .requests import cached_request, checked_config, fresh_request, quantized_rows, scale_format_of
+from .requests import cached_request, check_quantizable, checked_config, fresh_request, scale_format_of
 from .topology import domain_from_environment, host_identity, resolve_topology
 from .traffic import TrafficStats
+from .tuning import config_for_call, config_for_group
 
 _live_buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
 _shared_buffers: dict[Any, Buffer] = {}
@@ -56,6 +56,8 @@ class Buffer(LowLatencyMixin):
         device: where scratch memory lives; default the current CUDA device if the process uses one, else the CPU.
             Operations follow the device of their arguments.
         timeout_s: deadline of every wait in seconds; default `DEEP_EP_TIMEOUT_S`, else 300.
+        max_pool_bytes: most symmetric memory that the kernels' outputs may take on a GPU; default
+            `DEEP_EP_MAX_POOL_BYTES`, else what the device has. Beyond it rows come through staging memory and a copy.
 
     Attributes:
         rank, group, comm, group_size, num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy,
@@ -67,8 +69,9 @@ class Buffer(LowLatencyMixin):
         ConfigError: bad arguments. TopologyError: the ranks cannot reach each other, or disagree.
     """
 
-    #: SMs that the default configurations use, for all buffers; see `set_num_sms`.
-    num_sms: int = 20
+    #: SMs of the default configurations where no tuned table has a budget, for all buffers; see `set_num_sms`.
+    num_sms: int = DEFAULT_NUM_SMS
+    _num_sms_was_set: bool = False
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class Buffer(LowLatencyMixin):
         num_nvl_peers: int | None = None,
         device: str | torch.device | None = None,
         timeout_s: float | None = None,
+        max_pool_bytes: int | None = None,
     ) -> None:
         self.runtime: PortableEngine | None = None
         for name, size in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
@@ -96,7 +100,7 @@ class Buffer(LowLatencyMixin):
         if num_nvl_peers is not None:
             checks.check_count(num_nvl_peers, "num_nvl_peers", "Buffer", minimum=1)
         timeout = resolve_timeout(timeout_s)
-        members = members_of(group, comm)
+        members = self._members = members_of(group, comm)
         self.group = group
         self.comm = comm
         self.rank, self.group_size = members.rank, members.size
@@ -118,7 +122,8 @@ class Buffer(LowLatencyMixin):
         mesh = Mesh(members, timeout)
         shared = SharedRows(members, enabled=os.environ.get("DEEP_EP_SHARED_MEMORY", "1") != "0")
         place = _scratch_device(group, device)
-        memory = open_peer_memory(members, topology, place, max(num_nvl_bytes, MIN_POOL_BYTES), use_fabric, timeout)
+        pool = PoolRequest(max(num_nvl_bytes, MIN_POOL_BYTES), max_pool_bytes, use_fabric)
+        memory = open_peer_memory(members, topology, place, pool, timeout)
         parts: dict[str, Any] = {
             "mesh": mesh,
             "shared": shared,
@@ -198,11 +203,17 @@ class Buffer(LowLatencyMixin):
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """Set the SM budget of the default configurations, for all buffers. Must be even."""
+        """Set the SM budget of the default configurations, for all buffers; it wins over tuned tables. Must be even."""
         checks.check_count(new_num_sms, "new_num_sms", "set_num_sms", minimum=0)
         if new_num_sms % 2 != 0:
             raise ConfigError(f"set_num_sms({new_num_sms}): expected an even number of SMs")
         Buffer.num_sms = new_num_sms
+        Buffer._num_sms_was_set = True
+
+    @staticmethod
+    def _chosen_num_sms() -> int | None:
+        """The budget that the caller set, also by assigning `num_sms`; None if none was."""
+        return Buffer.num_sms if Buffer._num_sms_was_set or Buffer.num_sms != DEFAULT_NUM_SMS else None
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -210,14 +221,21 @@ class Buffer(LowLatencyMixin):
         return EventOverlap(EventHandle())
 
     @staticmethod
-    def get_dispatch_config(num_ranks: int) -> Config:
-        """Default dispatch configuration for any number of ranks."""
-        return default_dispatch_config(num_ranks, Buffer.num_sms)
+    def get_dispatch_config(num_ranks: int, *, table: str | os.PathLike[str] | None = None) -> Config:
+        """Default dispatch configuration for any number of ranks.
+
+        Its SM budget is the one given to `set_num_sms`; else that of a tuned table (see `deep_ep.tuning`), of which
+        ``table`` is looked at first; else 20.
+
+        Raises:
+            ConfigError: ``table`` cannot be read, or ``num_ranks`` is not positive.
+        """
+        return config_for_group("dispatch", num_ranks, Buffer._chosen_num_sms(), table)
 
     @staticmethod
-    def get_combine_config(num_ranks: int) -> Config:
-        """Default combine configuration for any number of ranks."""
-        return default_combine_config(num_ranks, Buffer.num_sms)
+    def get_combine_config(num_ranks: int, *, table: str | os.PathLike[str] | None = None) -> Config:
+        """Default combine configuration for any number of ranks; as `get_dispatch_config`."""
+        return config_for_group("combine", num_ranks, Buffer._chosen_num_sms(), table)
 
     @staticmethod
     def _unpack_bias(
@@ -366,32 +384,36 @@ class Buffer(LowLatencyMixin):
             ``num_worst_tokens``. PeerError, CommTimeout: a rank died, refused, or is late.
         """
         runtime = self._engine("dispatch")
-        rows_as_sent = _rows_as_sent(x, use_fp8)
         layout = (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
         inputs = (x, handle, layout, topk_idx, topk_weights)
-        with runtime.lock, runtime.call(rows_as_sent, inputs, previous_event, async_finish) as call:
-            with self._refusing("dispatch", rows_as_sent):
-                rows, scales = checks.check_rows(x, "dispatch")
+        first = x[0] if isinstance(x, (tuple, list)) and x else x
+        with runtime.call("dispatch", first, use_fp8, inputs, previous_event, async_finish) as call:
+            rows, scales = checks.check_rows(x, "dispatch")
+            if expert_alignment != 1 or num_worst_tokens != 0:
                 checks.check_count(expert_alignment, "expert_alignment", "dispatch", minimum=1)
                 checks.check_count(num_worst_tokens, "num_worst_tokens", "dispatch", minimum=0)
-                config = checked_config(config, "dispatch") or self.get_dispatch_config(self.group_size)
+            config = checked_config(config, "dispatch") or self._default_config("dispatch", rows, use_fp8)
+            scale_format = None
+            if use_fp8 or round_scale or use_ue8m0:
                 scale_format = scale_format_of("dispatch", use_fp8, round_scale, use_ue8m0)
-                rows, scales = quantized_rows(rows, scales, scale_format)
-                if handle is not None:
-                    given = {
-                        "topk_idx": topk_idx,
-                        "topk_weights": topk_weights,
-                        "num_tokens_per_rank": num_tokens_per_rank,
-                        "is_token_in_rank": is_token_in_rank,
-                        "num_tokens_per_expert": num_tokens_per_expert,
-                    }
-                    request = cached_request(runtime, rows, scales, handle, given, num_worst_tokens, config)
-                else:
-                    topk = (topk_idx, topk_weights)
-                    request = fresh_request(runtime, rows, scales, layout, topk, num_worst_tokens, config)
-            with self._all_or_nothing("dispatch"):
-                result = runtime.dispatch(request)
-            call.keep(result.rows, result.scales, result.topk_idx, result.topk_weights, *(result.handle or ()))
+                check_quantizable(rows, scales)
+                if not call.on_device:
+                    rows, scales = fp8.quantize_1x128(rows, scale_format=scale_format or "fp32")
+                    scale_format = None
+            request: DispatchRequest
+            if handle is not None:
+                given = (topk_idx, topk_weights, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
+                request = cached_request(
+                    runtime, rows, scales, scale_format, handle, given, num_worst_tokens, config, call.on_device
+                )
+            else:
+                topk = (topk_idx, topk_weights)
+                request = fresh_request(
+                    runtime, rows, scales, scale_format, layout, topk, num_worst_tokens, config, call.on_device
+                )
+            call.start()
+            result = runtime.dispatch(request)
+            call.keep((result.rows, result.scales, result.topk_idx, result.topk_weights, result.handle))
         recv_x: Rows = result.rows if result.scales is None else (result.rows, result.scales)
         if handle is not None:
             return recv_x, None, None, None, None, call.event
@@ -429,30 +451,30 @@ class Buffer(LowLatencyMixin):
             ConfigError: bad arguments or a handle of another dispatch. PeerError, CommTimeout: as for `dispatch`.
         """
         runtime = self._engine("combine")
-        with runtime.lock, runtime.call(x, (x, handle, topk_weights, bias), previous_event, async_finish) as call:
-            with self._refusing("combine", x):
-                config = checked_config(config, "combine") or self.get_combine_config(self.group_size)
-                rows = checks.check_tensor(x, "x", "combine", dim=2, dtypes=checks.COMBINE_DTYPES)
-                route = runtime.route(handle, "combine", rows)
-                if rows.shape[0] != route.num_rows:
-                    raise ConfigError(
-                        f"combine: x has {rows.shape[0]} rows but the handle's dispatch returned {route.num_rows}; "
-                        "pass one row for each received token, in the order received"
-                    )
-                if topk_weights is not None:
-                    topk_weights = checks.check_tensor(
-                        topk_weights,
-                        "topk_weights",
-                        "combine",
-                        dim=2,
-                        dtypes=[torch.float32],
-                        shape=[route.num_rows, None],
-                        device=rows.device,
-                    )
-                biases = checks.check_bias(bias, "combine", rows, route.num_tokens)
-            with self._all_or_nothing("combine"):
-                combined, weights = runtime.combine(rows, topk_weights, biases, route, config.num_sms)
-            call.keep(combined, weights)
+        inputs = (x, handle, topk_weights, bias)
+        with runtime.call("combine", x, False, inputs, previous_event, async_finish) as call:
+            rows = checks.check_tensor(x, "x", "combine", dim=2, dtypes=checks.COMBINE_DTYPES)
+            config = checked_config(config, "combine") or self._default_config("combine", rows)
+            route = runtime.route(handle, "combine", rows)
+            if rows.shape[0] != route.num_rows:
+                raise ConfigError(
+                    f"combine: x has {rows.shape[0]} rows but the handle's dispatch returned {route.num_rows}; "
+                    "pass one row for each received token, in the order received"
+                )
+            if topk_weights is not None:
+                topk_weights = checks.check_tensor(
+                    topk_weights,
+                    "topk_weights",
+                    "combine",
+                    dim=2,
+                    dtypes=[torch.float32],
+                    shape=(route.num_rows, None),
+                    device=rows.device,
+                )
+            biases = checks.check_bias(bias, "combine", rows, route.num_tokens)
+            call.start()
+            combined, weights = runtime.combine(rows, topk_weights, biases, route, config.num_sms)
+            call.keep((combined, weights))
         return combined, weights, call.event
 
     def empty_combine_input(self, handle: Handle, hidden: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -473,8 +495,27 @@ class Buffer(LowLatencyMixin):
         """Raise what failed since the last call: errors of kernels, and rows that did not fit a fixed capacity.
 
         The result is complete once the device has been synchronised.
+
+        Raises:
+            CommTimeout, PeerError, ConfigError: the buffer failed; see `recover`. BufferOverflow: rows of a worst-case
+            dispatch were left out.
         """
         self._engine("check").check()
+
+    def recover(self) -> None:
+        """Make the buffer usable again after a `CommTimeout` or `PeerError`, on all ranks together.
+
+        Every rank of the group has to be alive and to call it, whether or not it saw the failure. It waits for the
+        device. What was under way is lost; handles of dispatches that had finished stay valid.
+
+        Raises:
+            CommTimeout, PeerError: a rank did not come. BufferDestroyed: some rank destroyed its buffer.
+        """
+        self._engine("recover").recover(self._members)
+
+    def memory_usage(self) -> dict[str, int]:
+        """Symmetric memory of this rank in bytes, by use; see `PeerMemory.usage`. Empty on the portable engine."""
+        return self._engine("memory_usage").memory_usage()
 
     def internode_dispatch(
         self,
@@ -536,44 +577,14 @@ class Buffer(LowLatencyMixin):
 
     # Internals.
 
+    def _default_config(self, operation: str, rows: torch.Tensor, use_fp8: bool = False) -> Config:
+        sharing = self.runtime.ranks_per_gpu if self.runtime is not None else 1
+        return config_for_call(operation, self.group_size, rows, Buffer._chosen_num_sms(), sharing, use_fp8)
+
     def _engine(self, operation: str) -> PortableEngine:
         if self.runtime is None:
             raise BufferDestroyed(f"{operation}: this buffer was destroyed; construct a new one on all ranks")
         return self.runtime
-
-    @contextlib.contextmanager
-    def _refusing(self, operation: str, rows: Any = None) -> Iterator[None]:
-        """If the arguments are refused in this block, tell the peers, which are or will be in the same operation.
-
-        Operations of kernels have no such channel: there the peers learn of it at their deadline.
-        """
-        try:
-            yield
-        except Exception as error:
-            on_device = isinstance(rows, torch.Tensor) and self.runtime is not None and self.runtime.serves(rows)
-            if self.runtime is not None and not on_device:
-                self.runtime.refuse(operation, error)
-            raise
-
-    @contextlib.contextmanager
-    def _all_or_nothing(self, operation: str) -> Iterator[None]:
-        """A failure that only this rank knows of (no memory, an interrupt) must not leave the peers waiting."""
-        try:
-            yield
-        except DeepEPError:
-            raise
-        except BaseException:
-            if self.runtime is not None:
-                self.runtime.mesh.close(f"{operation} was interrupted on this rank")
-            raise
-
-
-def _rows_as_sent(x: Any, use_fp8: bool) -> Any:
-    """A tensor with the shape, device and element size of the rows that travel, to choose how; bad input as it is."""
-    rows = x[0] if isinstance(x, (tuple, list)) and x else x
-    if use_fp8 and isinstance(rows, torch.Tensor):
-        return torch.empty((0, rows.shape[-1] if rows.dim() else 0), dtype=torch.float8_e4m3fn, device=rows.device)
-    return rows
 
 
 def _scratch_device(group: dist.ProcessGroup | None, device: str | torch.device | None) -> torch.device:

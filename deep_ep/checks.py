@@ -51,23 +51,27 @@ def check_tensor(
     if dtypes is not None and value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ConfigError(f"{operation}: {name} is {_shape(value)}; expected dtype {names}")
-    sizes = list(value.shape)
-    fits = len(sizes) == dim and (
-        shape is None or all(want is None or want == have for want, have in zip(shape, sizes, strict=True))
-    )
-    if not fits:
+    sizes = value.shape
+    if len(sizes) != dim or not (shape is None or sizes == shape or _matches(shape, sizes)):
         wanted = [("any" if size is None else size) for size in (shape if shape is not None else [None] * dim)]
         raise ConfigError(f"{operation}: {name} is {_shape(value)}; expected shape {wanted}".replace("'", ""))
     if device is not None and value.device != device:
         raise ConfigError(
             f"{operation}: {name} is on {value.device} but x is on {device}; all tensors of a call share one device"
         )
-    return value.contiguous()
+    return value if value.is_contiguous() else value.contiguous()
 
 
-def check_topk_idx(value: Any, operation: str) -> torch.Tensor:
+def _matches(shape: Sequence[int | None], sizes: Sequence[int]) -> bool:
+    return all(want is None or want == have for want, have in zip(shape, sizes, strict=True))
+
+
+def check_topk_idx(
+    value: Any, operation: str, num_tokens: int | None = None, device: torch.device | None = None
+) -> torch.Tensor:
     """`topk_idx` int32 or int64 [T, K], K of at least 1."""
-    topk_idx = check_tensor(value, "topk_idx", operation, dim=2, dtypes=TOPK_IDX_DTYPES)
+    shape = None if num_tokens is None else (num_tokens, None)
+    topk_idx = check_tensor(value, "topk_idx", operation, dim=2, dtypes=TOPK_IDX_DTYPES, shape=shape, device=device)
     if topk_idx.shape[1] == 0:
         raise ConfigError(f"{operation}: topk_idx is {_shape(topk_idx)}; expected [T, K] with K of at least 1")
     return topk_idx

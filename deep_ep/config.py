@@ -14,6 +14,8 @@ from .topology import DEFAULT_NVL_DOMAIN, domain_from_environment, num_nodes_for
 
 #: dtype of `topk_idx` that callers build by default; int32 is accepted as well, at run time.
 topk_idx_t = torch.int64
+#: SMs of a call where nobody chose a budget and no tuned table has one.
+DEFAULT_NUM_SMS = 20
 
 _ALIGNMENT = 128
 _TOPK_IDX_BYTES = 8
@@ -46,7 +48,7 @@ class Config:
 
     def __init__(
         self,
-        num_sms: int = 20,
+        num_sms: int = DEFAULT_NUM_SMS,
         num_max_nvl_chunked_send_tokens: int = 6,
         num_max_nvl_chunked_recv_tokens: int = 256,
         num_max_rdma_chunked_send_tokens: int = 6,

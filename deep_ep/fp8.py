@@ -73,9 +73,14 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def _new_scales(rows: int, channels: int, scale_format: str, column_major: bool, device: torch.device) -> torch.Tensor:
+def scale_columns(channels: int, scale_format: str) -> tuple[torch.dtype, int]:
+    """dtype and columns of the scales of rows with ``channels`` channels."""
     tiles = _ceil_div(channels, TILE)
-    columns, dtype = (_ceil_div(tiles, 4), torch.int32) if scale_format == "ue8m0" else (tiles, torch.float32)
+    return (torch.int32, _ceil_div(tiles, 4)) if scale_format == "ue8m0" else (torch.float32, tiles)
+
+
+def _new_scales(rows: int, channels: int, scale_format: str, column_major: bool, device: torch.device) -> torch.Tensor:
+    dtype, columns = scale_columns(channels, scale_format)
     if not column_major:
         return torch.empty((rows, columns), dtype=dtype, device=device)
     # Grouped GEMM libraries load a tile's scales for four rows at a time: the pitch is a multiple of four rows (16

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ from . import checks, fp8
 from .checks import describe_value
 from .config import low_latency_size_hint
 from .engines import portable_ll
+from .engines.calls import Call
 from .engines.portable import PortableEngine
 from .engines.portable_ll import LowLatencyCombine, LowLatencyDispatch
 from .errors import ConfigError
@@ -52,8 +52,6 @@ class LowLatencyMixin:
         _masked: set[int]
 
         def _engine(self, operation: str) -> PortableEngine: ...
-        def _refusing(self, operation: str) -> AbstractContextManager[None]: ...
-        def _all_or_nothing(self, operation: str) -> AbstractContextManager[None]: ...
 
     _hooks: weakref.WeakSet[ReceiveHook] | None = None
     _combine_buffer: torch.Tensor | None = None
@@ -125,34 +123,33 @@ class LowLatencyMixin:
         """
         operation = "low_latency_dispatch"
         engine = self._engine(operation)
-        with torch.no_grad(), engine.lock:
-            with self._refusing(operation):
-                self._check_outstanding(operation, async_finish, return_recv_hook)
-                x = checks.check_tensor(x, "x", operation, dim=2, dtypes=[torch.bfloat16])
-                topk_idx = checks.check_topk_idx(topk_idx, operation)
-                num_topk = topk_idx.shape[1]
-                shape = [x.shape[0], num_topk]
-                checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, shape=shape, device=x.device)
-                num_experts = checks.check_num_experts(num_experts, operation)
-                check_topk_range(topk_idx, num_experts)
-                num_max = checks.check_count(
-                    num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank", operation, minimum=1
+        with Call(engine, operation, (), None, False) as call:
+            self._check_outstanding(operation, async_finish, return_recv_hook)
+            x = checks.check_tensor(x, "x", operation, dim=2, dtypes=[torch.bfloat16])
+            topk_idx = checks.check_topk_idx(topk_idx, operation)
+            num_topk = topk_idx.shape[1]
+            shape = [x.shape[0], num_topk]
+            checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, shape=shape, device=x.device)
+            num_experts = checks.check_num_experts(num_experts, operation)
+            check_topk_range(topk_idx, num_experts)
+            num_max = checks.check_count(
+                num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank", operation, minimum=1
+            )
+            if x.shape[0] > num_max:
+                raise ConfigError(
+                    f"{operation}: x has {x.shape[0]} tokens but num_max_dispatch_tokens_per_rank is {num_max}; "
+                    "send at most that many, or raise it on all ranks"
                 )
-                if x.shape[0] > num_max:
-                    raise ConfigError(
-                        f"{operation}: x has {x.shape[0]} tokens but num_max_dispatch_tokens_per_rank is {num_max}; "
-                        "send at most that many, or raise it on all ranks"
-                    )
-                scale_format = _scale_format(x.shape[1], use_fp8, round_scale, use_ue8m0)
-                num_local = num_local_experts(num_experts, self.group_size, self.rank)
-                stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
-                if stats[0] is not None:
-                    _check_stats(stats[0], "cumulative_local_expert_recv_stats", operation, torch.int32, num_local)
-                if stats[1] is not None:
-                    _check_stats(stats[1], "dispatch_wait_recv_cost_stats", operation, torch.int64, self.group_size)
-                request = LowLatencyDispatch(x, topk_idx, num_max, num_experts, scale_format, *stats)
-            with self._all_or_nothing(operation):
-                output, finish = portable_ll.dispatch(engine, request, self._masked, self.enable_shrink)
+            scale_format = _scale_format(x.shape[1], use_fp8, round_scale, use_ue8m0)
+            num_local = num_local_experts(num_experts, self.group_size, self.rank)
+            stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+            if stats[0] is not None:
+                _check_stats(stats[0], "cumulative_local_expert_recv_stats", operation, torch.int32, num_local)
+            if stats[1] is not None:
+                _check_stats(stats[1], "dispatch_wait_recv_cost_stats", operation, torch.int64, self.group_size)
+            request = LowLatencyDispatch(x, topk_idx, num_max, num_experts, scale_format, *stats)
+            call.start()
+            output, finish = portable_ll.dispatch(engine, request, self._masked, self.enable_shrink)
             hook = self._finish(finish, return_recv_hook)
         recv_x = output.rows if output.scales is None else (output.rows, output.scales)
         handle = (output.src_info, output.layout_range, num_max, x.shape[1], num_experts)
@@ -197,62 +194,59 @@ class LowLatencyMixin:
         """
         operation = "low_latency_combine"
         engine = self._engine(operation)
-        with torch.no_grad(), engine.lock:
-            with self._refusing(operation):
-                self._check_outstanding(operation, async_finish, return_recv_hook)
-                src_info, layout_range, num_max, hidden, num_experts = self._unpacked(handle, operation)
-                shape = [src_info.shape[0], src_info.shape[1], hidden]
-                x = checks.check_tensor(x, "x", operation, dim=3, dtypes=[torch.bfloat16], shape=shape)
-                topk_idx = checks.check_topk_idx(topk_idx, operation)
-                num_tokens, num_topk = topk_idx.shape
-                checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, device=x.device)
-                check_topk_range(topk_idx, num_experts)
-                weights = checks.check_tensor(
-                    topk_weights,
-                    "topk_weights",
-                    operation,
-                    dim=2,
-                    dtypes=[torch.float32],
-                    shape=[num_tokens, num_topk],
-                    device=x.device,
-                )
-                if use_logfmt and zero_copy:
-                    raise ConfigError(f"{operation}: use_logfmt encodes rows while sending, so it excludes zero_copy")
-                if zero_copy:
-                    x = self._filled_combine_buffer(shape)
-                if out is None:
-                    out = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device=x.device)
-                checks.check_tensor(
-                    out,
-                    "out",
-                    operation,
-                    dim=2,
-                    dtypes=[torch.bfloat16],
-                    shape=[num_tokens, hidden],
-                    device=x.device,
-                )
-                if not out.is_contiguous():
-                    raise ConfigError(
-                        f"{operation}: out has strides {list(out.stride())}; expected a contiguous tensor"
-                    )
-                wait_stats = combine_wait_recv_cost_stats
-                if wait_stats is not None:
-                    _check_stats(wait_stats, "combine_wait_recv_cost_stats", operation, torch.int64, self.group_size)
-                request = LowLatencyCombine(
-                    x,
-                    topk_idx,
-                    weights,
-                    src_info,
-                    layout_range,
-                    num_max,
-                    num_experts,
-                    use_logfmt,
-                    sum_at_home,
-                    out,
-                    wait_stats,
-                )
-            with self._all_or_nothing(operation):
-                finish = portable_ll.combine(engine, request, self._masked, self.enable_shrink)
+        with Call(engine, operation, (), None, False) as call:
+            self._check_outstanding(operation, async_finish, return_recv_hook)
+            src_info, layout_range, num_max, hidden, num_experts = self._unpacked(handle, operation)
+            shape = [src_info.shape[0], src_info.shape[1], hidden]
+            x = checks.check_tensor(x, "x", operation, dim=3, dtypes=[torch.bfloat16], shape=shape)
+            topk_idx = checks.check_topk_idx(topk_idx, operation)
+            num_tokens, num_topk = topk_idx.shape
+            checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, device=x.device)
+            check_topk_range(topk_idx, num_experts)
+            weights = checks.check_tensor(
+                topk_weights,
+                "topk_weights",
+                operation,
+                dim=2,
+                dtypes=[torch.float32],
+                shape=[num_tokens, num_topk],
+                device=x.device,
+            )
+            if use_logfmt and zero_copy:
+                raise ConfigError(f"{operation}: use_logfmt encodes rows while sending, so it excludes zero_copy")
+            if zero_copy:
+                x = self._filled_combine_buffer(shape)
+            if out is None:
+                out = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device=x.device)
+            checks.check_tensor(
+                out,
+                "out",
+                operation,
+                dim=2,
+                dtypes=[torch.bfloat16],
+                shape=[num_tokens, hidden],
+                device=x.device,
+            )
+            if not out.is_contiguous():
+                raise ConfigError(f"{operation}: out has strides {list(out.stride())}; expected a contiguous tensor")
+            wait_stats = combine_wait_recv_cost_stats
+            if wait_stats is not None:
+                _check_stats(wait_stats, "combine_wait_recv_cost_stats", operation, torch.int64, self.group_size)
+            request = LowLatencyCombine(
+                x,
+                topk_idx,
+                weights,
+                src_info,
+                layout_range,
+                num_max,
+                num_experts,
+                use_logfmt,
+                sum_at_home,
+                out,
+                wait_stats,
+            )
+            call.start()
+            finish = portable_ll.combine(engine, request, self._masked, self.enable_shrink)
             hook = self._finish(finish, return_recv_hook)
         return out, EventOverlap(EventHandle() if async_finish else None), hook
 

@@ -13,19 +13,27 @@ from .errors import ConfigError
 from .handles import Handle
 from .layout import check_topk_range
 
+#: Arguments of a dispatch that a handle takes the place of.
+_EXCLUDED = ("topk_idx", "topk_weights", "num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert")
+_INT32, _FLOAT32, _BOOL = (torch.int32,), (torch.float32,), (torch.bool,)
+
 
 def cached_request(
     engine: PortableEngine,
     rows: torch.Tensor,
     scales: torch.Tensor | None,
+    scale_format: fp8.ScaleFormat | None,
     handle: Handle,
-    given: dict[str, torch.Tensor | None],
+    given: tuple[torch.Tensor | None, ...],
     num_worst_tokens: int,
     config: Config,
+    on_device: bool,
 ) -> DispatchRequest:
-    """A dispatch that repeats the routing of ``handle``; ``given`` are arguments that exclude one."""
-    extra = [name for name, value in given.items() if value is not None]
-    if extra:
+    """A dispatch that repeats the routing of ``handle``; ``given`` are the arguments `_EXCLUDED` by one."""
+    for value in given:
+        if value is None:
+            continue
+        extra = [name for name, value in zip(_EXCLUDED, given, strict=True) if value is not None]
         raise ConfigError(
             f"dispatch: {', '.join(extra)} given together with handle; a handle fixes the routing, so leave the layout "
             "and top-k arguments out, or leave the handle out to route anew"
@@ -36,21 +44,24 @@ def cached_request(
             f"dispatch: x has {rows.shape[0]} tokens but the handle's dispatch had {route.num_tokens}; pass the handle "
             "of a dispatch with the same tokens"
         )
-    if num_worst_tokens not in (0, route.num_rows):
+    if num_worst_tokens and num_worst_tokens != route.num_rows:
         raise ConfigError(
             f"dispatch: num_worst_tokens is {num_worst_tokens} but the handle was made with {route.num_rows} rows"
         )
-    return DispatchRequest(rows, scales, handle[0], route=route, num_sms=config.num_sms)
+    sms, none = config.num_sms, None
+    return DispatchRequest(rows, scales, handle[0], route, none, none, none, 0, 1, sms, none, scale_format, on_device)
 
 
 def fresh_request(
     engine: PortableEngine,
     rows: torch.Tensor,
     scales: torch.Tensor | None,
+    scale_format: fp8.ScaleFormat | None,
     layout: tuple[torch.Tensor | None, ...],
     topk: tuple[torch.Tensor | None, torch.Tensor | None],
     num_worst_tokens: int,
     config: Config,
+    on_device: bool,
 ) -> DispatchRequest:
     """A dispatch that routes anew.
 
@@ -59,7 +70,6 @@ def fresh_request(
         topk: topk_idx, topk_weights.
     """
     operation, device, topology = "dispatch", rows.device, engine.topology
-    on_device = engine.serves(rows)
     per_rank, per_node, in_rank, per_expert = layout
     if per_rank is None or in_rank is None or per_expert is None:
         raise ConfigError(
@@ -67,16 +77,16 @@ def fresh_request(
             "get them from get_dispatch_layout(topk_idx, num_experts)"
         )
     num_tokens, num_ranks = rows.shape[0], topology.num_ranks
-    i32 = [torch.int32]
+    i32 = _INT32
     check = checks.check_tensor
-    shape = [num_tokens, num_ranks]
-    in_rank = check(in_rank, "is_token_in_rank", operation, dim=2, dtypes=[torch.bool], shape=shape, device=device)
-    per_rank = check(per_rank, "num_tokens_per_rank", operation, dim=1, dtypes=i32, shape=[num_ranks], device=device)
+    shape = (num_tokens, num_ranks)
+    in_rank = check(in_rank, "is_token_in_rank", operation, dim=2, dtypes=_BOOL, shape=shape, device=device)
+    per_rank = check(per_rank, "num_tokens_per_rank", operation, dim=1, dtypes=i32, shape=(num_ranks,), device=device)
     per_expert = check(per_expert, "num_tokens_per_expert", operation, dim=1, dtypes=i32, device=device)
     if per_expert.shape[0] == 0:
         raise ConfigError("dispatch: num_tokens_per_expert is empty; expected one count for each expert")
     if per_node is not None:
-        nodes = [topology.num_nodes]
+        nodes = (topology.num_nodes,)
         check(per_node, "num_tokens_per_rdma_rank", operation, dim=1, dtypes=i32, shape=nodes, device=device)
     sent = per_rank if on_device else in_rank.sum(0, dtype=torch.int32)
     if not on_device and not torch.equal(sent, per_rank):
@@ -90,18 +100,10 @@ def fresh_request(
     if num_worst_tokens and topk_idx is None:
         raise ConfigError("dispatch: num_worst_tokens needs topk_idx and topk_weights, which tell padding rows apart")
     if topk_idx is not None:
-        topk_idx = checks.check_topk_idx(topk_idx, operation)
-        num_topk = topk_idx.shape[1]
-        check(topk_idx, "topk_idx", operation, dim=2, shape=[num_tokens, num_topk], device=device)
-        weights_shape = [num_tokens, num_topk]
+        topk_idx = checks.check_topk_idx(topk_idx, operation, num_tokens, device)
+        shape = (num_tokens, topk_idx.shape[1])
         topk_weights = check(
-            topk_weights,
-            "topk_weights",
-            operation,
-            dim=2,
-            dtypes=[torch.float32],
-            shape=weights_shape,
-            device=device,
+            topk_weights, "topk_weights", operation, dim=2, dtypes=_FLOAT32, shape=shape, device=device
         )
         if not on_device:
             check_topk_range(topk_idx, per_expert.shape[0])
@@ -117,6 +119,8 @@ def fresh_request(
         config.num_channels,
         config.num_sms,
         per_rank,
+        scale_format,
+        on_device,
     )
 
 
@@ -135,19 +139,18 @@ def scale_format_of(operation: str, use_fp8: bool, round_scale: bool, use_ue8m0:
     return "ue8m0" if use_ue8m0 else "pow2" if round_scale else "fp32"
 
 
-def quantized_rows(
-    rows: torch.Tensor, scales: torch.Tensor | None, scale_format: fp8.ScaleFormat | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Quantise rows for `dispatch(use_fp8=True)`: (E4M3 [T, H], scales). Without a format, return them as they are."""
-    if scale_format is None:
-        return rows, scales
+def check_quantizable(rows: torch.Tensor, scales: torch.Tensor | None) -> None:
+    """What `dispatch(use_fp8=True)` takes.
+
+    Raises:
+        ConfigError: rows that are not bf16, fp16 or fp32, or that come with scales.
+    """
     if scales is not None or rows.dtype not in checks.COMBINE_DTYPES:
         raise ConfigError(
             f"dispatch: use_fp8=True quantises a bf16, fp16 or fp32 x; got {rows.dtype}"
             + (" with scales" if scales is not None else "")
             + ". An x that is quantised already is passed as (x, scales) without use_fp8"
         )
-    return fp8.quantize_1x128(rows, scale_format=scale_format)
 
 
 def checked_config(config: Any, operation: str) -> Config | None:

@@ -51,6 +51,35 @@ def _rank_pool_lifetime():
     harness.shutdown()
 
 
+@pytest.fixture(scope="session")
+def mps_environment(_rank_pool_lifetime):
+    """What ranks need to share GPUs through an MPS daemon of this test run, or why there is none."""
+    with harness.mps_daemon(-(-harness.POOL_SIZE // torch.cuda.device_count())) as env:
+        yield env
+
+
+@pytest.fixture
+def on_gpus(monkeypatch, request):
+    """Call with the number of ranks: from then on the rank pool's processes use GPUs, through MPS where they crowd.
+
+    One rank more than GPUs also works in time slices; beyond that the test is skipped without MPS.
+    """
+
+    def use(num_ranks: int) -> None:
+        monkeypatch.setenv("DEEP_EP_TEST_DEVICE", "cuda")
+        gpus = torch.cuda.device_count()
+        if num_ranks <= gpus:
+            return
+        env = request.getfixturevalue("mps_environment")
+        if isinstance(env, dict):
+            for name, value in env.items():
+                monkeypatch.setenv(name, value)
+        elif not 2 <= gpus == num_ranks - 1:
+            pytest.skip(f"{num_ranks} ranks on {gpus} GPU(s) need MPS: {env}")
+
+    return use
+
+
 @pytest.fixture
 def run_ranks():
     """`run_ranks(num_ranks, fn, *args)`: see harness.run_ranks."""

@@ -12,14 +12,14 @@ def a_gpu(index: int = 0, **changes) -> facts.Gpu:
     gpu = facts.Gpu(
         index=index, name="NVIDIA H200", pci=f"0000:{index + 1:02x}:00.0", numa_node=0, memory_bytes=141 << 30,
         capability=90, num_sms=132, compute_mode="default", mig=False, mps_client=False, vmm=True, posix_fd=True,
-        fabric=False, multicast=True, gpudirect_rdma=True,
+        fabric=False, multicast=True, gpudirect_rdma=True, sharing={"fd": "", "fabric": "no IMEX domain", "ipc": ""},
     )  # fmt: skip
     return dataclasses.replace(gpu, **changes)
 
 
 def a_pair(src: int, dst: int, **changes) -> facts.Pair:
     link = "X" if src == dst else "NV18"
-    return dataclasses.replace(facts.Pair(src, dst, True, True, link, Bandwidth(400.0, 780.0, True)), **changes)
+    return dataclasses.replace(facts.Pair(src, dst, True, True, link, Bandwidth(400.0, 780.0, True, 650.0)), **changes)
 
 
 def all_pairs(count: int) -> list[facts.Pair]:

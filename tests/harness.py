@@ -23,7 +23,9 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import pickle
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +43,8 @@ DEFAULT_TIMEOUT_S = 120.0
 POOL_SIZE = 8
 # The library's own deadline lies below the harness's, so that a lost peer shows as the library's typed error.
 LIBRARY_TIMEOUT_S = 45
+# What says whether ranks reach their GPU through an MPS daemon.
+MPS_VARIABLES = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
 WORKER_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -146,6 +150,8 @@ def _dumps(obj: Any) -> bytes:
 def _worker_main(
     rank: int, world: int, port: int, backend: str, conn: Any, trace_path: str, env: dict[str, str], sys_path: list[str]
 ) -> None:
+    for name in MPS_VARIABLES:  # not those of when the fork server started
+        os.environ.pop(name, None)
     os.environ.update(WORKER_ENV, DEEP_EP_TIMEOUT_S=str(LIBRARY_TIMEOUT_S))
     os.environ.update(env)
     sys.path[:] = sys_path
@@ -299,7 +305,11 @@ class RankPool:
         self._dir.cleanup()
 
 
-_pools: dict[tuple[str, str], RankPool] = {}  # by backend and device
+_pools: dict[tuple[str, ...], RankPool] = {}  # by backend, device and MPS daemon
+
+
+def _mps_env() -> dict[str, str]:
+    return {name: os.environ[name] for name in MPS_VARIABLES if name in os.environ}
 
 
 def run_ranks(
@@ -311,12 +321,13 @@ def run_ranks(
     middle of an operation.
     """
     device = os.environ.get("DEEP_EP_TEST_DEVICE", "cpu")
-    key = (backend, device)
+    env = {"DEEP_EP_TEST_DEVICE": device, **_mps_env()}
+    key = (backend, *env.values())
     pool = _pools.get(key)
     if pool is None or pool.size < num_ranks:
         if pool is not None:
             pool.close()
-        pool = _pools[key] = RankPool(max(POOL_SIZE, num_ranks), backend, {"DEEP_EP_TEST_DEVICE": device})
+        pool = _pools[key] = RankPool(max(POOL_SIZE, num_ranks), backend, env)
     try:
         return pool.run(num_ranks, fn, *args, timeout=timeout)
     except BaseException:
@@ -333,7 +344,7 @@ def spawn_fresh(
     env: dict[str, str] | None = None,
 ) -> list[Any]:
     """Run `fn(ctx, *args)` in processes of its own; a rank that ends without answering yields `Died`."""
-    pool = RankPool(num_ranks, backend, env)
+    pool = RankPool(num_ranks, backend, {**_mps_env(), **(env or {})})
     graceful = False
     try:
         results = pool.run(num_ranks, fn, *args, timeout=timeout, allow_death=True)
@@ -347,6 +358,40 @@ def shutdown() -> None:
     """End the shared pools."""
     while _pools:
         _pools.popitem()[1].close()
+
+
+@contextlib.contextmanager
+def mps_daemon(ranks_per_gpu: int) -> Iterator[dict[str, str] | str]:
+    """An MPS daemon of our own, under which ranks that share a GPU run side by side, not in time slices.
+
+    Yields the environment that ranks need, or why there is no daemon.
+    """
+    control = shutil.which("nvidia-cuda-mps-control")
+    if control is None:
+        yield "nvidia-cuda-mps-control is not installed"
+        return
+    with tempfile.TemporaryDirectory(prefix="deep_ep_mps_", ignore_cleanup_errors=True) as folder:
+        env = {}
+        for name in MPS_VARIABLES[:2]:
+            env[name] = str(Path(folder) / name.split("_")[2].lower())
+            Path(env[name]).mkdir()
+        errors = Path(folder) / "errors.txt"
+        with errors.open("w") as stream:  # a pipe would stay open as long as the daemon lives
+            code = subprocess.run(
+                [control, "-d"], env={**os.environ, **env}, stdout=stream, stderr=stream, timeout=30, check=False
+            ).returncode
+        if code != 0:
+            yield f"nvidia-cuda-mps-control -d ended with {code}: {errors.read_text().strip()}"
+            return
+        try:
+            yield {**env, MPS_VARIABLES[2]: str(max(1, 100 // ranks_per_gpu))}
+        finally:
+            shutdown()  # the daemon waits for its clients
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(
+                    [control], input="quit -t 5\n", env={**os.environ, **env}, text=True, timeout=30, check=False,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
+import ctypes
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_intranode
 import readme_tables
+from intranode import case as intranode_case
+from intranode import limits, mps, probes, workload, world
+from intranode.report import build_result, print_result
+
+from deep_ep._native import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +43,7 @@ ROW_FIELDS = {
 }
 ROW_KEYS = [
     "fp8_dispatch_cached",
+    "fp8_dispatch_inside",
     "bf16_dispatch_cached",
     "fp8_dispatch_uncached",
     "bf16_dispatch_uncached",
@@ -40,6 +51,8 @@ ROW_KEYS = [
     "combine_ordinary",
     "combine_weights",
     "fp8_dispatch_kept",
+    "bf16_dispatch_kept",
+    "fp8_dispatch_uncached_kept",
 ]
 
 
@@ -47,18 +60,24 @@ def figure(key: str = "fp8_dispatch_cached", num_sms: int = 8, median_us: float 
     spread = {"median_us": median_us, "min_us": median_us - 2, "p25_us": median_us - 1, "p75_us": median_us + 1}
     rate = round(size / median_us / 1e3, 2)
     names = {"key": key, "name": key.replace("_", " "), "num_sms": num_sms, "kept": 0}
-    return {**names, **spread, "bytes_over_link": size, "gb_s": rate}
+    probe = workload.PROBE_OF[key.split("_", maxsplit=1)[0]]
+    return {**names, **spread, "bytes_over_link": size, "gb_s": rate, "probe": probe, "queued_us": None}
 
 
-def intranode_result(device: str = "NVIDIA H200", ranks: int = 2, **limit):
+def probe_figure(key: str = "place_fp8_scales", num_sms: int = 8, median_us: float = 108.0):
+    return {**figure(num_sms=num_sms, median_us=median_us), "key": key, "name": key, "shape": "8w 1+1+1 stages of 7168"}
+
+
+def intranode_result(device: str = "NVIDIA H200", ranks: int = 2, probe_figures=(), **limit):
     args = bench_intranode.parse_args(["--ranks", str(ranks), "--commit", "0123456789abcdef"])
     figures = [figure(num_sms=16, median_us=121.5), figure(), figure("combine_weights")]
-    limits = {"copy_engine": {"30000000": limit} if limit else {}, "local_copy": None, "note": ""}
-    result = bench_intranode.build_result(args, "cuda", figures, [], limits)
+    found = {"copy_engine": {"30000000": limit} if limit else {}, "local_copy": None, "note": ""}
+    found.update(probes=list(probe_figures), flags={})
+    result = build_result(args, "cuda", figures, [], found)
     # What this machine says of itself must not decide what the tables are tested on.
     versions = {"deep_ep": "0", "torch": "2.12", "cuda": "13.0", "python": "3"}
     result.update(device=device, num_devices=2, driver="580.1", date="2030-01-02T03:04:05+00:00", versions=versions)
-    result["timings_meaningful"] = True
+    result.update(timings_meaningful=True, shared=False)
     return result
 
 
@@ -74,7 +93,7 @@ def check_schema(result: dict):
     assert {"ranks", "tokens", "hidden", "topk", "experts", "sms", "iterations", "rounds", "keep"} <= set(
         result["arguments"]
     )
-    assert set(result["limits"]) == {"copy_engine", "local_copy", "note"}
+    assert {"copy_engine", "local_copy", "note"} <= set(result["limits"])
     assert result["rows"]
     for row in result["rows"]:
         for name, kind in ROW_FIELDS.items():
@@ -82,6 +101,7 @@ def check_schema(result: dict):
         assert 0 < row["min_us"] <= row["p25_us"] <= row["median_us"] <= row["p75_us"]
         limit = result["limits"]["copy_engine"].get(str(row["bytes_over_link"]))
         assert (row["limit_us"] is None) == (row["ratio_to_limit"] is None) == (limit is None)
+        assert (row.get("probe_us") is None) == (row.get("ratio_to_probe") is None)
 
 
 # Arguments
@@ -126,13 +146,13 @@ def test_bad_arguments_are_refused(argv, capsys):
 
 
 def test_summary_orders_median_and_quartiles():
-    assert bench_intranode.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == {
+    assert world.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == {
         "median_us": 3.0,
         "min_us": 1.0,
         "p25_us": 2.0,
         "p75_us": 4.0,
     }
-    assert set(bench_intranode.summary([7.0]).values()) == {7.0}
+    assert set(world.summary([7.0]).values()) == {7.0}
 
 
 def test_ratio_is_time_over_the_limit_of_the_same_bytes():
@@ -142,15 +162,29 @@ def test_ratio_is_time_over_the_limit_of_the_same_bytes():
     assert all(row["limit_us"] is None for row in intranode_result()["rows"])
 
 
+def test_ratio_is_time_over_the_probe_of_the_same_rows_at_the_same_sms(capsys):
+    found = [probe_figure(), probe_figure("pull_bf16", 8, 81.0), probe_figure("place_fp8_scales", 24)]
+    result = intranode_result(probe_figures=found)
+    check_schema(result)
+    # 16 SMs were not probed.
+    assert [row["ratio_to_probe"] for row in result["rows"]] == [None, 1.5, 2.0]
+    print_result(result)
+    assert "8w 1+1+1 stages of 7168" in capsys.readouterr().out
+
+
+def test_every_probe_that_rows_name_exists():
+    assert set(workload.PROBE_OF.values()) <= {probe.key for probe in probes.probes_of(14336, 224)}
+
+
 def test_reference_check_sees_one_bit():
     rows = torch.randn(4, 8).bfloat16()
-    bench_intranode._same_bits("rows", rows.clone(), rows)
+    intranode_case.same_bits("rows", rows.clone(), rows)
     wrong = rows.clone()
     wrong.view(torch.int16)[2, 3] ^= 1
     with pytest.raises(SystemExit, match="1 of 4 rows"):
-        bench_intranode._same_bits("rows", wrong, rows)
+        intranode_case.same_bits("rows", wrong, rows)
     with pytest.raises(SystemExit, match="expected"):
-        bench_intranode._same_bits("rows", rows[:3], rows)
+        intranode_case.same_bits("rows", rows[:3], rows)
 
 
 # The whole program, on the portable engine
@@ -174,6 +208,243 @@ def test_program_checks_itself_and_writes_json(tmp_path):
     assert str(tmp_path) not in out.read_text()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_program_runs_the_kernels(tmp_path, ranks):
+    """With a GPU for every rank the limits are there too; else the ranks share, and the JSON says so."""
+    out = tmp_path / "out.json"
+    shape = ["--ranks", str(ranks), "--tokens", "96", "--hidden", "1024", "--topk", "3", "--experts", "9"]
+    timing = ["--sms", "4", "--iterations", "2", "--rounds", "2", "--keep", "2", "--pool-bytes", str(256 << 20)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_intranode.py"), *shape, *timing, "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    check_schema(result)
+    assert result["engine"] == "cuda"
+    assert [row["key"] for row in result["rows"]] == ROW_KEYS
+    assert result["layout"]["median_us"] > 0
+    assert {"layout", "fp8_dispatch_cached", "combine_symmetric"} <= {figure["key"] for figure in result["host"]}
+    assert result["shared"] == (ranks > torch.cuda.device_count()) != result["timings_meaningful"]
+    if not result["shared"]:
+        assert all(row["ratio_to_probe"] > 0 for row in result["rows"])
+        assert set(result["limits"]["flags"]) == {str(size) for size in probes.FLAG_PAYLOADS}
+
+
+# Ranks that share a GPU
+
+
+def test_mps_is_left_out_where_it_cannot_help(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for ranks_per_gpu, reason in ((1, "of its own"), (4, "not installed")):
+        with mps.shared_gpus(ranks_per_gpu) as why:
+            assert reason in why
+            assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in os.environ
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_mps_daemon_lives_as_long_as_the_ranks(monkeypatch, tmp_path, status):
+    log = tmp_path / "log.txt"
+    program = tmp_path / mps.CONTROL
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = -d ] && echo "start $CUDA_MPS_PIPE_DIRECTORY" >>{log} && exit {status}\n'
+        f'read line; echo "$line $CUDA_MPS_PIPE_DIRECTORY" >>{log}\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "before")
+    with mps.shared_gpus(3) as why:
+        folder = os.environ["CUDA_MPS_PIPE_DIRECTORY"]
+        if status:
+            assert "ended with 1" in why
+            assert folder == "before"
+        else:
+            assert why == ""
+            assert os.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "33"
+            assert Path(folder).is_dir()
+    assert os.environ["CUDA_MPS_PIPE_DIRECTORY"] == "before"
+    assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in os.environ
+    lines = log.read_text().splitlines()
+    assert len(lines) == 2 - status
+    if not status:
+        assert lines == [f"start {folder}", f"quit {folder}"]
+        assert not Path(folder).exists()
+
+
+# Limits
+
+
+class SoloWorld(world.World):
+    """One rank without a group."""
+
+    def __init__(self):
+        self.rank, self.size, self.num_devices, self.device = 0, 1, 0, torch.device("cpu")
+        self.args = argparse.Namespace(iterations=2, rounds=3)
+
+    def gather(self, value):
+        return [value]
+
+    def barrier(self):
+        pass
+
+
+class HostMemory:
+    """Peer memory of one rank, on the CPU: offsets are addresses."""
+
+    def __init__(self, members, device, control_bytes, pool_bytes):
+        self.bases = [0]
+
+    def empty(self, shape, dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    def offset_of(self, tensor):
+        return tensor.data_ptr()
+
+    def close(self):
+        pass
+
+
+class HostProbes:
+    """The probes as copies of the CPU. Fewer stages take longer; `wrong` breaks what the peer receives."""
+
+    def __init__(self, wrong: bool = False):
+        self.wrong = wrong
+
+    def probe_push(self, rows, num_rows, row_bytes, scales, scale_bytes, ahead, behind, **rest):
+        time.sleep(2e-3 / (ahead + behind + 1))
+        size, scale_size = num_rows * row_bytes - self.wrong, num_rows * scale_bytes
+        for place in ("peer_rows", "own_rows"):
+            if rest[place]:
+                ctypes.memmove(rest[place], rows, size)
+        for place in ("peer_scales", "own_scales"):
+            if rest[place]:
+                ctypes.memmove(rest[place], scales, scale_size)
+
+    def probe_registers(self, source, target, bytes, **rest):
+        ctypes.memmove(target, source, bytes)
+
+    def probe_pull(self, peer_rows, own_rows, out, num_rows, row_bytes, **rest):
+        size = num_rows * row_bytes
+        theirs, own, target = (
+            torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.bfloat16)
+            for address in (peer_rows, own_rows, out)
+        )
+        total = (0.0 + theirs.float() + own.float()).bfloat16()
+        total.view(torch.int16)[total.isnan()] = 0x7FC0
+        target.copy_(total)
+
+
+@pytest.fixture
+def rig(monkeypatch):
+    monkeypatch.setattr(probes, "PeerMemory", HostMemory)
+    monkeypatch.setattr(probes, "_C", HostProbes())
+    monkeypatch.setattr(probes, "current_stream", lambda device: 0)
+    return probes.Rig(SoloWorld(), num_rows=9, row_bytes=256, scale_bytes=16)
+
+
+def test_limit_is_the_fastest_shape(rig):
+    by_key = {probe.key: probe for probe in probes.probes_of(256, 16)}
+    shapes = [probes.Push(4, ahead, behind, 128) for ahead, behind in ((1, 0), (4, 3), (1, 1))]
+    probe = dataclasses.replace(by_key["place_fp8_scales"], shapes=shapes)
+    best = probes.best_of(rig, probe, 8)
+    assert best["shape"] == str(shapes[1])
+    assert best["bytes_over_link"] == 9 * (128 + 16)
+    assert (best["key"], best["num_sms"]) == ("place_fp8_scales", 8)
+
+
+@pytest.mark.parametrize("key", ["push_bf16", "place_fp8_scales", "pull_bf16", "store_16b", "load_16b"])
+def test_limits_are_checked(rig, key, monkeypatch):
+    probe = {probe.key: probe for probe in probes.probes_of(256, 16)}[key]
+    probe.launch(rig, probe.shapes[0], 8)
+    probe.check(rig)
+    rig.wipe()
+    with pytest.raises(RuntimeError, match="bytes of"):
+        probe.check(rig)
+
+
+def test_a_limit_that_moved_other_bytes_is_no_limit(rig, monkeypatch):
+    monkeypatch.setattr(probes, "_C", HostProbes(wrong=True))
+    probe = dataclasses.replace(probes.probes_of(256, 16)[0], shapes=[probes.Push(4, 1, 1, 128)])
+    with pytest.raises(RuntimeError, match="1 of 1152 bytes of rows are wrong"):
+        probes.best_of(rig, probe, 8)
+
+
+def test_a_machine_without_gpus_has_no_limits():
+    found = limits.measure_limits(SoloWorld(), [100], 10, argparse.Namespace(sms=[8]))
+    assert found == {"copy_engine": {}, "local_copy": None, "probes": [], "flags": {}, "note": ""}
+
+
+def launch_probe(shape, **sizes):
+    common = dict(num_rows=0, row_bytes=14336, num_sms=8, stream=0, **sizes)
+    if isinstance(shape, probes.Push):
+        places = dict.fromkeys(("rows", "peer_rows", "own_rows", "scales", "peer_scales", "own_scales"), 0)
+        _C.probe_push(**places, scale_bytes=224 * shape.scales_by_bulk, **common, **dataclasses.asdict(shape))
+    else:
+        _C.probe_pull(peer_rows=0, own_rows=0, out=0, **common, **dataclasses.asdict(shape))
+
+
+@pytest.mark.skipif(not _C.has_cuda, reason="needs a CUDA build")
+def test_the_kernels_take_every_shape_and_no_other():
+    """Without a device a launch that is in order fails in the runtime (RuntimeError); with one, no row is moved."""
+    for shape in [*probes.push_shapes(14336, scales=True), *probes.pull_shapes()]:
+        with contextlib.suppress(RuntimeError):
+            launch_probe(shape)
+    push, pull = next(probes.push_shapes(14336)), next(probes.pull_shapes())
+    bad = [(push, {"warps": 17}), (push, {"behind": 4}), (push, {"ahead": 0}), (push, {"piece_bytes": 1 << 20})]
+    bad += [(pull, {"warps": 0}), (pull, {"vectors": 5}), (pull, {"stages": 1}), (pull, {"stages": 9})]
+    for shape, change in bad:
+        with pytest.raises(ValueError, match="expected"):
+            launch_probe(dataclasses.replace(shape, **change))
+
+
+class RankWorld(world.World):
+    def __init__(self, ctx):
+        self.rank, self.size, self.group = ctx.rank, ctx.num_ranks, ctx.group
+        self.args = argparse.Namespace(iterations=2, rounds=2)
+        self.num_devices = torch.cuda.device_count()
+        self.device = torch.device("cuda", ctx.rank % self.num_devices)
+        torch.cuda.set_device(self.device)
+
+
+def _try_all_shapes(ctx, row_bytes: int, scale_bytes: int) -> list[str]:
+    """Every shape of every probe moves the right bytes; returns what did not."""
+    rig = probes.Rig(RankWorld(ctx), 37, row_bytes, scale_bytes)
+    nan, inf = float("nan"), float("inf")
+    for tensor, values in ((rig.rows, [nan, -0.0, -0.0, inf, 1e-40, -nan]), (rig.own, [1.0, -0.0, 0.0, -inf, -1e-40])):
+        tensor.view(-1)[: len(values)] = torch.tensor(values, device=tensor.device).bfloat16()
+    wrong = []
+    for probe in probes.probes_of(row_bytes, scale_bytes):
+        for shape in probe.shapes:
+            rig.wipe()
+            probe.launch(rig, shape, 3)
+            try:
+                probe.check(rig)
+            except RuntimeError as error:
+                wrong.append(f"{probe.key} {shape}: {error}")
+            rig.world.barrier()  # nobody wipes what another rank still compares
+    rig.close()
+    return wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("row_bytes", "scale_bytes"), [(14336, 224), (2080, 16)])
+def test_probes_move_the_right_bytes(run_ranks, row_bytes, scale_bytes):
+    assert run_ranks(2, _try_all_shapes, row_bytes, scale_bytes) == [[], []]
+
+
+def _flags(ctx) -> list[float]:
+    rig = probes.Rig(RankWorld(ctx), 4, 512, 16)
+    times = [rig.flags(size) for size in probes.FLAG_PAYLOADS for _ in range(2)]
+    queued = rig.world.queued_microseconds(lambda: rig.own.mul_(1.0), 20)
+    rig.close()
+    return [*times, queued]
+
+
+@pytest.mark.gpu(2)
+def test_flags_come_back(run_ranks):
+    for times in run_ranks(2, _flags):
+        assert all(0.05 < us < 1000 for us in times)
+
+
 # The README's tables
 
 
@@ -190,6 +461,7 @@ def portable_result():
 
 def test_table_has_figures_ratios_and_targets(tmp_path):
     text = readme_tables.build(write_results(tmp_path / "results", intranode_result(median_us=81.0)))
+    assert "same rows" not in text
     assert "| fp8 dispatch cached | 8 | 162 (161-163) | 185 | 81 | 2.00 | 186 |" in text
     assert "| fp8 dispatch cached | 16 | 122 (120-122) | 247 | 81 | 1.50 | 120 |" in text
     assert "| combine weights | 8 | 162 (161-163) | 185 | 81 | 2.00 | - |" in text
@@ -198,6 +470,20 @@ def test_table_has_figures_ratios_and_targets(tmp_path):
     assert (
         "2030-01-02, commit 0123456789ab, torch 2.12, CUDA 13.0, driver 580.1; `benchmarks/results/run_0.json`" in text
     )
+
+
+def test_table_has_ratios_to_the_probes(tmp_path):
+    result = intranode_result(probe_figures=[probe_figure()], median_us=81.0)
+    result["layout"] = {"tokens": 4096, "topk": 8, "median_us": 3.94}
+    result["limits"]["flags"] = {"0": {"median_us": 0.61}}
+    result["host"] = [{"key": "layout", "name": "get_dispatch_layout", "tokens": 512, "median_us": 9.6}]
+    text = readme_tables.build(write_results(tmp_path / "results", result))
+    assert "| fp8 dispatch cached | 8 | 162 (161-163) | 185 | 108 | 1.50 | 81 | 2.00 | 186 |" in text
+    assert "| fp8 dispatch cached | 16 | 122 (120-122) | 247 | - | - | 81 | 1.50 | 120 |" in text
+    assert "| place_fp8_scales | 8 | 108 | 278 | 8w 1+1+1 stages of 7168 |" in text
+    assert "Layout of 4096 x 8 alone: 3.9 us." in text
+    assert "A flag to the peer: 0.6 us." in text
+    assert "Host time of a call (512 tokens, nothing waited for): get_dispatch_layout 10 us." in text
 
 
 def test_targets_only_where_they_were_set(tmp_path):

@@ -70,10 +70,10 @@ def test_default_configs(which):
         assert isinstance(config, Config)
         for hidden_bytes in (32, 4096, 14336):
             assert config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) == nvl_hint(
-                Buffer.num_sms, nvl_recv, hidden_bytes, num_ranks
+                config.num_sms, nvl_recv, hidden_bytes, num_ranks
             )
             assert config.get_rdma_buffer_size_hint(hidden_bytes, num_ranks) == rdma_hint(
-                Buffer.num_sms, round_up(rdma_recv, rdma_send), hidden_bytes, num_ranks
+                config.num_sms, round_up(rdma_recv, rdma_send), hidden_bytes, num_ranks
             )
 
 

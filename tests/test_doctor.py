@@ -18,6 +18,7 @@ import torch
 from doctor_cases import a_gpu, a_report, problems
 
 from deep_ep.__main__ import main
+from deep_ep._native import _C
 from deep_ep.doctor import advice, bandwidth, facts, gpus, host, links, nics, report, software
 from deep_ep.doctor.collect import diagnose
 from deep_ep.doctor.driver import Driver, DriverError, DriverMissing, normalize_pci
@@ -40,7 +41,7 @@ def test_program_prints_every_section():
     assert result.returncode == 0, result.stderr
     for title in ("Software", "GPUs", "RDMA network cards", "Host", "Engine of a group on this host", "Findings"):
         assert re.search(f"^{title}$", result.stdout, re.M), title
-    assert "engine   portable" in result.stdout
+    assert re.search("engine   (portable|cuda)$", result.stdout, re.M)
     assert "self-test  passed" in result.stdout
 
 
@@ -169,11 +170,14 @@ def test_driver_that_does_not_start(compile_stub, tmp_path):
 def test_collect_gpus_puts_it_together(compile_stub, fake_root, monkeypatch):
     kinds = {(PCI[0], PCI[1]): "NV4", (PCI[1], PCI[0]): "NV4"}
     monkeypatch.setattr(gpus, "query_links", lambda ids: links.Links("fake", kinds, {ids[0]: True}))
-    monkeypatch.setattr(gpus, "probe", lambda count: {(0, 1): Bandwidth(1.0, 2.0, True)})
+    tried = {"fd": "", "ipc": "no"}
+    measured = bandwidth.Measured({(0, 1): Bandwidth(1.0, 2.0, True)}, {1: tried})
+    monkeypatch.setattr(gpus, "probe", lambda count: measured)
     found = gpus.collect_gpus(True, fake_root, str(compile_stub()))
     assert (found.driver, found.present, found.link_source) == ("580.65.06", 3, "fake")
     assert [gpu.mig for gpu in found.devices] == [True, Unknown("fake does not list this GPU")]
     assert [gpu.numa_node for gpu in found.devices] == [0, 1]
+    assert [gpu.sharing for gpu in found.devices] == [Unknown(facts.NOT_MEASURED), tried]
     pairs = {(pair.src, pair.dst): pair for pair in found.pairs}
     assert pairs[0, 1].num_nvlinks == 4
     assert pairs[0, 0].link == "X"
@@ -498,12 +502,16 @@ def test_rate_adds_both_directions_up():
 
 def test_probe_output_up_to_a_pair_that_hangs():
     lines = [
-        '{"source": 0, "target": 0, "gbytes_per_s": 2000.0, "gbytes_per_s_both_ways": 2000.0, "intact": true}',
+        '{"device": 0, "sharing": {"fd": "", "fabric": "no IMEX"}}',
+        '{"source": 0, "target": 0, "gbytes_per_s": 2000.0, "gbytes_per_s_both_ways": 2000.0, "intact": true, '
+        '"gbytes_per_s_kernel": null}',
         "some library says hello",
         '{"source": 0, "target": 1, "error": "out of memory"}',
         '{"source": 1, "target": 0, "gby',
     ]
-    found = bandwidth.parse("\n".join(lines), bandwidth.pairs_of(2), "no answer within 98 s")
+    measured = bandwidth.parse("\n".join(lines), 2, "no answer within 98 s")
+    assert measured.sharing == {0: {"fd": "", "fabric": "no IMEX"}, 1: Unknown("no answer within 98 s")}
+    found = measured.pairs
     assert found[0, 0] == Bandwidth(2000.0, 2000.0, True)
     assert found[0, 1] == Unknown("out of memory")
     assert found[1, 0] == Unknown("no answer within 98 s")
@@ -513,15 +521,16 @@ def test_probe_output_up_to_a_pair_that_hangs():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the probe succeeds here")
 def test_probe_that_fails_says_why(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert bandwidth.probe(1) == {(0, 0): Unknown("this torch is built without CUDA")}
+    nothing = Unknown("this torch is built without CUDA")
+    assert bandwidth.probe(1) == bandwidth.Measured({(0, 0): nothing}, {0: nothing})
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    (reason,) = bandwidth.probe(1).values()
+    (reason,) = bandwidth.probe(1).pairs.values()
     assert isinstance(reason, Unknown)
     assert "CUDA" in reason.reason or "NVIDIA" in reason.reason
-    monkeypatch.setattr(bandwidth, "_START_SECONDS", 0.1 - bandwidth._PAIR_SECONDS)
-    assert bandwidth.probe(1)[0, 0] == Unknown("no answer within 0 s")
+    monkeypatch.setattr(bandwidth, "_START_SECONDS", 0.1 - 2 * bandwidth._PAIR_SECONDS)
+    assert bandwidth.probe(1).pairs[0, 0] == Unknown("no answer within 0 s")
     monkeypatch.setattr(bandwidth.sys, "executable", "/nonexistent/python")
-    assert "No such file" in str(bandwidth.probe(1)[0, 0])
+    assert "No such file" in str(bandwidth.probe(1).pairs[0, 0])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -556,8 +565,11 @@ def test_real_gpus_are_described_and_measured_without_a_context():
         assert gpu["num_sms"] == properties.multi_processor_count
         assert int(gpu["pci"].split(":")[1], 16) == properties.pci_bus_id
         assert gpu["posix_fd"] is True
+        assert gpu["sharing"]["fd"] == ""
     for pair in found["pairs"]:
         assert pair["bandwidth"]["intact"] is True
         assert pair["bandwidth"]["gbytes_per_s"] > 1
         if pair["src"] != pair["dst"]:
             assert pair["peer_access"] == torch.cuda.can_device_access_peer(pair["src"], pair["dst"])
+            if pair["peer_access"] and _C.has_cuda and min(gpu["capability"] for gpu in found["devices"]) >= 90:
+                assert pair["bandwidth"]["gbytes_per_s_kernel"] > 1

@@ -146,6 +146,27 @@ def test_engine_and_its_reasons(software_, gpus_, host_, engine, reasons):
     assert all(any(part in reason for reason in choice.reasons) for part in reasons)
 
 
+def test_memory_that_cannot_be_shared_leaves_no_kernels():
+    refused = a_gpu(1, sharing={"fd": "no descriptors", "fabric": "", "ipc": "no IPC"})
+    devices = dataclasses.replace(GPUS, devices=[a_gpu(0), refused])
+    choice = advice.choose_engine(SOFTWARE, devices, HOST)
+    assert choice.name == "portable"
+    assert "GPUs [1] cannot share their memory" in choice.reasons[0]
+    (finding,) = problems(devices=devices)
+    assert (finding.level, finding.about) == ("warning", "GPU 1")
+    assert "no descriptors" in finding.message
+    assert "no IPC" in finding.message
+    one_way = dataclasses.replace(GPUS, devices=[a_gpu(0, sharing={"fd": "", "ipc": "no IPC"}), a_gpu(1)])
+    assert advice.choose_engine(SOFTWARE, one_way, HOST).name == "cuda"
+    assert problems(devices=one_way) == []
+
+
+def test_a_domain_that_splits_the_host_is_named():
+    choice = advice.choose_engine(SOFTWARE, GPUS, with_variables(DEEP_EP_NVL_DOMAIN="2"))
+    assert choice.name == "cuda"
+    assert "DEEP_EP_NVL_DOMAIN=2" in choice.reasons[-1]
+
+
 def test_every_variable_of_the_sources_is_known():
     read = re.compile(r"""(?:environ\.get\(|environ\[|getenv\(|\$\{?)["']?(DEEP_EP_[A-Z0-9_]+)""")
     files = [path for folder in ("deep_ep", "csrc") for path in (harness.REPO_ROOT / folder).rglob("*")]
@@ -171,9 +192,10 @@ gpus.status gpus.driver gpus.driver_cuda gpus.present gpus.imex_channels[] gpus.
 gpus.devices[].index gpus.devices[].name gpus.devices[].pci gpus.devices[].numa_node gpus.devices[].memory_bytes
 gpus.devices[].capability gpus.devices[].num_sms gpus.devices[].compute_mode gpus.devices[].mig
 gpus.devices[].mps_client gpus.devices[].vmm gpus.devices[].posix_fd gpus.devices[].fabric gpus.devices[].multicast
-gpus.devices[].gpudirect_rdma
+gpus.devices[].gpudirect_rdma gpus.devices[].sharing.fd gpus.devices[].sharing.fabric gpus.devices[].sharing.ipc
 gpus.pairs[].src gpus.pairs[].dst gpus.pairs[].peer_access gpus.pairs[].native_atomics gpus.pairs[].link
 gpus.pairs[].bandwidth.gbytes_per_s gpus.pairs[].bandwidth.gbytes_per_s_both_ways gpus.pairs[].bandwidth.intact
+gpus.pairs[].bandwidth.gbytes_per_s_kernel
 nics[].name nics[].driver nics[].pci nics[].numa_node nics[].interfaces[] nics[].ports[].number
 nics[].ports[].link_layer nics[].ports[].state nics[].ports[].rate nics[].verbs_device
 nics[].distance.0 nics[].distance.1.unknown
@@ -206,7 +228,8 @@ def test_plain_text_of_a_full_report():
     report.print_plain(a_report(), output)
     text = output.getvalue()
     assert re.search(r"GPU0 +- +NV18", text)
-    assert re.search(r"GPU0 +400 +400 / 780", text)
+    assert re.search(r"GPU0 +400 +400 / 780 / 650", text)
+    assert "sharing tried on GPU 0, 1: fd yes; fabric no (no IMEX domain); ipc yes" in text
     assert "mlx5_0" in text
     assert "?: unknown (hidden)" in text
     assert "note  GPUs: a message\n        -> an advice" in text

@@ -66,6 +66,8 @@ def test_one_wheel_with_everything(wheel):
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "benchmarks/", "build/"))]
     packed = {name for name in names if name.startswith("deep_ep/") and name.endswith(".py")}
     assert packed == {str(path.relative_to(ROOT)) for path in (ROOT / "deep_ep").rglob("*.py")}
+    tables = {name for name in names if name.startswith("deep_ep/tuned/")}
+    assert tables == {str(path.relative_to(ROOT)) for path in (ROOT / "deep_ep" / "tuned").glob("*.json")}
 
 
 def test_metadata(wheel):

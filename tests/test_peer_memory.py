@@ -13,14 +13,9 @@ from deep_ep._native import _C
 from deep_ep.engines import peer_links
 from deep_ep.engines.mesh import Members, SoloComm, members_of
 from deep_ep.engines.peer_links import GroupLinks, SocketLinks, close_fds
-from deep_ep.engines.peer_memory import (
-    DeviceReport,
-    PeerMemory,
-    check_reports,
-    missing_pairs,
-    pool_size,
-)
-from deep_ep.errors import BufferDestroyed, CommTimeout, ConfigError, PeerError, TopologyError
+from deep_ep.engines.peer_memory import PeerMemory
+from deep_ep.engines.peer_reach import DeviceReport, check_reports, missing_pairs
+from deep_ep.errors import CommTimeout, ConfigError, PeerError, TopologyError
 
 MIB = 1 << 20
 SOLO = members_of(None, SoloComm())
@@ -87,138 +82,6 @@ def test_allocator_never_overlaps_or_loses_bytes(seed):
     for offset in list(used):
         assert pool.free(offset)
     assert pool.largest_free == pool.bytes_free == total  # everything merged again
-
-
-def test_pool_sizes_are_few_and_close():
-    sizes = set()
-    for num_bytes in [1, 511, 512, 513, 16384, 16385, *range(3 * MIB, 6 * MIB, 997)]:
-        size = pool_size(num_bytes)
-        assert size % 512 == 0 and num_bytes <= size <= max(num_bytes * 17 // 16 + 512, 512)
-        sizes.add(size)
-    assert len(sizes) < 30
-
-
-class _TorchPool:
-    """Torch's caching allocator over the heap's, as far as it matters here: best fit, splitting, merging, no return."""
-
-    STAND_INS = 1 << 56
-
-    def __init__(self, pool_bytes: int):
-        self.pool, self.stand_ins = _C.BlockAllocator(), _C.BlockAllocator()
-        self.pool.add(0, pool_bytes)
-        self.stand_ins.add(0, 1 << 44)
-        self.mapped = pool_bytes
-        self.free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # by smallness: (bytes, address)
-        self.segments: list[tuple[int, int]] = []
-
-    # What PeerMemory asks of the heap.
-
-    def offset_of(self, address: int) -> int:
-        return address if address < self.mapped else -1
-
-    def is_stand_in(self, address: int) -> bool:
-        return address >= self.STAND_INS
-
-    def usage(self) -> dict[str, int]:
-        return {"mapped_bytes": self.mapped, "largest_free_bytes": self.pool.largest_free}
-
-    # What torch does.
-
-    def allocate(self, size: int, *, stand_in_only: bool = False) -> "_Block":
-        small = size <= MIB
-        fitting = sorted(block for block in self.free[small] if block[0] >= size)
-        if fitting:
-            bytes_, address = fitting[0]
-            self.free[small].remove(fitting[0])
-        else:
-            bytes_ = 2 * MIB if small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * (2 * MIB)
-            address = -1 if stand_in_only else self.pool.allocate(bytes_)
-            if address < 0:
-                address = self.STAND_INS + self.stand_ins.allocate(bytes_)
-            self.segments.append((address, address + bytes_))
-        if bytes_ - size > (0 if small else MIB):
-            self.free[small].append((bytes_ - size, address + size))
-            bytes_ = size
-        return _Block(self, small, bytes_, address)
-
-    def release(self, small: bool, bytes_: int, address: int) -> None:
-        segment = next(s for s in self.segments if s[0] <= address < s[1])
-        for block in list(self.free[small]):
-            inside = segment[0] <= block[1] < segment[1]
-            if inside and (block[1] + block[0] == address or block[1] == address + bytes_):
-                self.free[small].remove(block)
-                address, bytes_ = min(address, block[1]), bytes_ + block[0]
-        self.free[small].append((bytes_, address))
-
-    def largest_idle(self, small: bool) -> int:
-        return max((bytes_ for bytes_, address in self.free[small] if address < self.mapped), default=0)
-
-
-class _Block:
-    def __init__(self, pool: _TorchPool, *place: int):
-        self.pool, self.place = pool, place
-
-    def data_ptr(self) -> int:
-        return self.place[2]
-
-    def nbytes(self) -> int:
-        return self.place[1]
-
-    def __del__(self):
-        self.pool.release(*self.place)
-
-
-def _fake_memory(pool: _TorchPool) -> PeerMemory:
-    memory = PeerMemory.__new__(PeerMemory)
-    memory.heap, memory._storage = pool, pool.allocate
-    memory._spares, memory._held = {}, []
-    memory._stream, memory._wake_blocks = (lambda: 0), (lambda: None)
-    return memory
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_full_pool_never_hides_memory(seed):
-    """Whatever was refused before: a request gets memory if torch holds a block for it, or the heap has a segment."""
-    rng = random.Random(seed)
-    pool = _TorchPool(200 * MIB)
-    memory, held, refused = _fake_memory(pool), [], 0
-    for step in range(1500):
-        if step == 700:
-            pool.pool.add(pool.mapped, 100 * MIB)
-            pool.mapped += 100 * MIB
-        if held and rng.random() < (0.45 if step % 300 < 150 else 0.6):
-            held.pop(rng.randrange(len(held)))
-            continue
-        size = pool_size(rng.choice([rng.randint(1, MIB), rng.randint(MIB, 12 * MIB), rng.randint(12 * MIB, 90 * MIB)]))
-        small = size <= MIB
-        segment = 2 * MIB if small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * (2 * MIB)
-        possible = pool.largest_idle(small) >= size or pool.pool.largest_free >= segment
-        block = memory._try_storage(size)
-        if block is None:
-            refused += 1
-            assert not possible or (small and pool.pool.largest_free < 20 * MIB)
-        else:
-            assert pool.offset_of(block.data_ptr()) >= 0 and block.nbytes() >= size
-            held.append(block)
-        del block
-        # One spare of the pool's size before and after it grew, one refusal before each, one small segment.
-        assert pool.stand_ins.bytes_used <= (200 + 300 + 2 * 90 + 20) * MIB
-    assert refused > 20
-
-
-def test_storage_becomes_an_ordinary_tensor(monkeypatch):
-    memory = PeerMemory.__new__(PeerMemory)
-    memory.device = torch.device("cpu")
-    with pytest.raises(BufferDestroyed):
-        memory.try_empty((4,), torch.int32)
-    memory._pool, memory._links, memory.heap = object(), GroupLinks(SOLO), _TorchPool(MIB)
-    monkeypatch.setattr(memory, "_try_storage", torch.UntypedStorage)
-    tensor = memory.try_empty((5, 100), torch.bfloat16)
-    assert tensor.shape == (5, 100) and tensor.is_contiguous() and tensor.is_leaf and not tensor._is_view()
-    assert tensor.untyped_storage().nbytes() == 1024 and memory.try_empty((0, 3), torch.int8).shape == (0, 3)
-    monkeypatch.setattr(memory, "_try_storage", lambda size: None)
-    assert memory.try_empty((5,), torch.int8) is None
-    memory._pool = None
 
 
 # ---------------------------------------------------------------------------------------------------------------

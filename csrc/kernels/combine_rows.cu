@@ -13,31 +13,84 @@ namespace deep_ep {
 namespace {
 
 constexpr int kMaxWarps = 14;
-constexpr int kNumStages = 4;
+constexpr int kNumStages = 2;
 // 7 vectors of 16 bytes a lane: a row of 14,336 bytes is four pieces.
 constexpr int kVectorsPerLane = 7;
 constexpr int kPieceBytes = kVectorsPerLane * 32 * 16;
+constexpr int kStageBytes = 2 * kPieceBytes;  // rows are summed in pairs, as long as there are two
+constexpr int kSharedBytes = kMaxWarps * kNumStages * kStageBytes;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// Walks over the (piece, source rank) pairs that a warp has to read, in the order in which they are summed.
-struct Cursor {
-    PieceWalk walk;
-    unsigned mask;      // ranks of the token that are still to come
-    int32_t head;       // in lane r: the token's row at rank r
-    int32_t next_head;  // the same for the piece after, fetched early
+// Waits for all peers, and finds where the rows and weights of each lie. By all threads of a block; the same answer for all.
+__device__ bool await_sources(const CombineRowsArgs& args, uint64_t epoch, const uint8_t** sources,
+                              const float** weights, unsigned* pushed_by) {
+    const Domain& domain = args.domain;
+    const int num_ranks = domain.num_ranks, rank = domain.rank, peer = static_cast<int>(threadIdx.x);
+    bool here = true;
+    if (peer < num_ranks) {
+        here = sync::await_announcement(domain, peer, epoch, args.signature, Operation::kCombine);
+        if (here && peer == rank) {
+            sources[peer] = args.rows;
+            weights[peer] = args.weights;
+        } else if (here) {
+            const Announcement* theirs = sync::announcement(domain, peer, rank, epoch);
+            weights[peer] = reinterpret_cast<const float*>(domain.base[peer] + theirs->topk_weights);
+            if (theirs->rows >= 0) {
+                sources[peer] = domain.base[peer] + theirs->rows;
+            } else {
+                // The inbox holds what each other rank received from this one, so the sources' rows lie one after another;
+                // a source counts its rows from its own first one, whoever they belong to.
+                auto from_here = [&](int at) {
+                    const int32_t upto = args.rank_prefix[rank * num_ranks + at];
+                    return upto - (rank > 0 ? args.rank_prefix[(rank - 1) * num_ranks + at] : 0);
+                };
+                int64_t first = rank > 0 ? -args.rank_prefix[(rank - 1) * num_ranks + peer] : 0;
+                for (int before = 0; before < peer; ++before) {
+                    if (before != rank) first += from_here(before);
+                }
+                sources[peer] = args.inbox + first * args.hidden * element_bytes(args.type);
+                atomicOr(pushed_by, 1u << peer);
+            }
+        }
+    }
+    return __syncthreads_and(here) != 0;
+}
+
+// What a warp reads ahead of its sums. A job is a token, or one piece of it; lane r knows the token's row at rank r.
+struct ReadAhead {
+    PieceWalk job;
+    int piece, end;       // of the job
+    unsigned mask, left;  // ranks that have the token, and those of this piece that are still to be read
+    const uint8_t* from;  // in lane r: the row at rank r
+    int32_t row;          // in lane r: its number there
+    int32_t next_head;    // the same for the job after, fetched early
+    uint64_t arrived;     // in lane r: how far rank r has pushed its rows
+    int num_read;         // pairs
+    bool is_broken;       // a peer did not push its rows: nothing more is read
 };
 
-template <class Type>
+template <class Type, int kPerVector>
+using Vector = Pack<typename Type::Storage, kPerVector>;
+
+template <class Type, int kPerVector>
+__device__ __forceinline__ void add(float (&sum)[kPerVector], const Vector<Type, kPerVector>& part) {
+    float values[kPerVector];
+    widen_vector<Type, kPerVector>(part, values);
+#pragma unroll
+    for (int i = 0; i < kPerVector; ++i) sum[i] = __fadd_rn(sum[i], values[i]);
+}
+
+// kAtMostTwo: no token has more than two rows, and there is no bias, so no sums have to be kept in registers.
+template <class Type, bool kAtMostTwo>
 __global__ void __launch_bounds__(kMaxWarps * 32)
-    combine_rows(const __grid_constant__ CombineRowsArgs args, const Pieces pieces) {
-    using Storage = typename Type::Storage;
-    constexpr int kPerVector = 16 / sizeof(Storage);
-    using Vector = Pack<Storage, kPerVector>;
+    combine_rows(const __grid_constant__ CombineRowsArgs args, const Pieces pieces, const int job_pieces) {
+    constexpr int kPerVector = 16 / sizeof(typename Type::Storage);
+    using Vec = Vector<Type, kPerVector>;
     extern __shared__ __align__(128) uint8_t stages[];
     __shared__ uint64_t loaded[kMaxWarps][kNumStages];
     __shared__ const uint8_t* sources[kMaxPeers];
     __shared__ const float* weights[kMaxPeers];
-    __shared__ int all_here;
+    __shared__ unsigned pushed_by;  // ranks whose rows come into the inbox
     const Domain& domain = args.domain;
     const int num_ranks = domain.num_ranks, num_warps = static_cast<int>(blockDim.x / 32);
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
@@ -45,123 +98,206 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
 
     if (blockIdx.x == 0 && threadIdx.x < num_ranks) {
         // Released here: the rows, which earlier kernels of this stream wrote.
-        Announcement* message = sync::announcement(domain, domain.rank, static_cast<int>(threadIdx.x), epoch);
+        const int peer = static_cast<int>(threadIdx.x);
+        Announcement* message = sync::open_announcement(domain, peer, epoch);
         message->signature = args.signature;
         message->rows = args.rows_offset;
         message->topk_weights = args.weights_offset;
-        sync::publish(message, epoch);
+        sync::publish(domain, peer, epoch);
+        if (args.push_number != 0) sync::open_inbox(domain, peer, args.push_number);
     }
     if (lane == 0) {
         for (int stage = 0; stage < kNumStages; ++stage) ptx::mbarrier_init(&loaded[warp][stage], 1);
         ptx::fence_mbarrier_init();
     }
-    if (threadIdx.x == 0) all_here = 1;
+    if (threadIdx.x == 0) pushed_by = 0;
     __syncthreads();
-    if (threadIdx.x < num_ranks) {
-        const int peer = static_cast<int>(threadIdx.x);
-        if (sync::await_announcement(domain, peer, epoch, args.signature, Operation::kCombine)) {
-            const Announcement* theirs = sync::announcement(domain, peer, domain.rank, epoch);
-            sources[peer] = domain.base[peer] + theirs->rows;
-            weights[peer] = reinterpret_cast<const float*>(domain.base[peer] + theirs->topk_weights);
-        } else {
-            all_here = 0;
-        }
-    }
-    __syncthreads();
+    const bool all_here = await_sources(args, epoch, sources, weights, &pushed_by);
     // The rows were acquired by generic loads; bulk copies read them through another proxy.
     ptx::fence_proxy_async();
 
     if (all_here) {
-        uint8_t* ring = stages + warp * kNumStages * kPieceBytes;
+        uint8_t* ring = stages + warp * kNumStages * kStageBytes;
+        const int num_jobs = (pieces.count + job_pieces - 1) / job_pieces;  // of a token
         const int first = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x);
-        const PieceWalk start(first, static_cast<int>(gridDim.x) * num_warps, pieces.count);
-        auto head_of = [&](const PieceWalk& walk) {
-            const bool has = walk.row < args.num_tokens && lane < num_ranks;
-            return has ? args.send_head[static_cast<int64_t>(walk.row) * num_ranks + lane] : -1;
+        const PieceWalk start(first, static_cast<int>(gridDim.x) * num_warps, num_jobs);
+        const uint8_t* source = lane < num_ranks ? sources[lane] : nullptr;
+        const unsigned pushed = pushed_by;
+        auto head_of = [&](const PieceWalk& job) {
+            const bool has = job.row < args.num_tokens && lane < num_ranks;
+            return has ? args.send_head[static_cast<int64_t>(job.row) * num_ranks + lane] : -1;
         };
-        auto open = [&](Cursor& cursor) {
-            cursor.head = cursor.next_head;
-            cursor.mask = __ballot_sync(kAllLanes, cursor.head >= 0);
-            PieceWalk after = cursor.walk;
-            after.next();
-            cursor.next_head = head_of(after);
+        auto first_piece = [&](const PieceWalk& job) { return job.piece * job_pieces; };
+        auto end_piece = [&](const PieceWalk& job) {
+            return min((job.piece + 1) * job_pieces, pieces.count);
         };
-        // Reads ahead of the sums by up to kNumStages rows.
-        Cursor ahead{start, 0, -1, head_of(start)};
-        open(ahead);
-        auto read_next = [&](int stage) {
-            while (ahead.mask == 0 && ahead.walk.row < args.num_tokens) {
-                ahead.walk.next();
-                open(ahead);
-            }
-            if (ahead.walk.row >= args.num_tokens) return;
-            const int peer = __ffs(ahead.mask) - 1;
-            ahead.mask &= ahead.mask - 1;
-            const int64_t row = __shfl_sync(kAllLanes, ahead.head, peer);
-            if (lane == 0) {
-                const uint32_t bytes = pieces.size(ahead.walk.piece);
-                ptx::mbarrier_arrive_expect(&loaded[warp][stage], bytes);
-                ptx::bulk_load(ring + stage * kPieceBytes,
-                               sources[peer] + row * pieces.row_bytes + pieces.begin(ahead.walk.piece), bytes,
-                               &loaded[warp][stage]);
-            }
-        };
-        for (int stage = 0; stage < kNumStages; ++stage) read_next(stage);
 
-        int stage = 0;
-        uint32_t parity = 0;
-        Cursor now{start, 0, -1, head_of(start)};
-        // One (token, piece): kFull where all vectors of all lanes exist, which is what most pieces are.
-        auto sum_piece = [&](auto full) {
-            constexpr bool kFull = decltype(full)::value;
-            const int64_t begin = now.walk.row * pieces.row_bytes + pieces.begin(now.walk.piece);
-            const int num_vectors = static_cast<int>(pieces.size(now.walk.piece)) / 16;
-            float sum[kVectorsPerLane][kPerVector];
-#pragma unroll
-            for (int v = 0; v < kVectorsPerLane; ++v) {
-#pragma unroll
-                for (int i = 0; i < kPerVector; ++i) sum[v][i] = 0.0f;
+        ReadAhead ahead{start, 0, 0, 0, 0, nullptr, 0, head_of(start), 0, 0, false};
+        auto open = [&] {
+            ahead.row = ahead.next_head;
+            ahead.from = source + ahead.row * pieces.row_bytes;
+            ahead.mask = ahead.left = __ballot_sync(kAllLanes, ahead.row >= 0);
+            ahead.piece = first_piece(ahead.job);
+            ahead.end = end_piece(ahead.job);
+            PieceWalk after = ahead.job;
+            after.next();
+            ahead.next_head = head_of(after);
+        };
+        // Lane r has to wait for the rows that rank r pushes.
+        auto has_arrived = [&](unsigned pair) {
+            bool here = true;
+            if ((pair & pushed) >> lane & 1u) {
+                const uint64_t wanted = args.push_number << 32 | static_cast<uint64_t>(ahead.row + 1);
+                if (ahead.arrived < wanted) ahead.arrived = sync::await_pushed(domain, lane, wanted);
+                here = ahead.arrived >= wanted;
             }
-            auto add = [&](const Vector* row) {
+            return __all_sync(kAllLanes, here) != 0;
+        };
+        // Starts to read the next one or two rows into a stage, each by the lane that knows where the row is.
+        auto read_next = [&](int stage) {
+            while (ahead.left == 0) {
+                if (ahead.job.row >= args.num_tokens) return;
+                if (ahead.mask != 0 && ++ahead.piece < ahead.end) {
+                    ahead.left = ahead.mask;
+                } else {
+                    ahead.job.next();
+                    open();
+                }
+            }
+            const unsigned lower = ahead.left & -ahead.left, rest = ahead.left ^ lower;
+            const unsigned upper = rest & -rest, pair = lower | upper;
+            if (ahead.is_broken || ((pair & pushed) != 0 && !has_arrived(pair))) {
+                ahead.is_broken = true;
+                return;
+            }
+            ahead.left = rest ^ upper;
+            ++ahead.num_read;
+            if ((pair >> lane & 1u) == 0) return;
+            const uint32_t bytes = pieces.size(ahead.piece);
+            const bool is_lower = lower >> lane & 1u;
+            uint64_t* barrier = &loaded[warp][stage];
+            if (is_lower) ptx::mbarrier_arrive_expect(barrier, upper != 0 ? 2 * bytes : bytes);
+            ptx::bulk_load(ring + stage * kStageBytes + (is_lower ? 0 : kPieceBytes),
+                           ahead.from + pieces.begin(ahead.piece), bytes, barrier);
+        };
+        if (ahead.job.row < args.num_tokens) {
+            open();
+            for (int stage = 0; stage < kNumStages; ++stage) read_next(stage);
+        }
+
+        int stage = 0, num_summed = 0;
+        uint32_t parity = 0;
+        // False if the rows of the next pair do not come.
+        auto await_pair = [&](int peer) {
+            const bool here =
+                ahead.num_read != num_summed &&
+                sync::await_bulk(domain, &loaded[warp][stage], parity, Operation::kCombine, peer);
+            ++num_summed;
+            return __all_sync(kAllLanes, here) != 0;
+        };
+        auto next_stage = [&] {
+            // All lanes have read the stage before it is filled again.
+            __syncwarp();
+            read_next(stage);
+            if (++stage == kNumStages) {
+                stage = 0;
+                parity ^= 1;
+            }
+        };
+        // One piece of a token whose rows lie at `mask`. kFull: all vectors of all lanes exist, as in most pieces.
+        auto sum_piece = [&](auto full, int64_t begin, int num_vectors, unsigned mask) {
+            constexpr bool kFull = decltype(full)::value;
+            auto* out = reinterpret_cast<Vec*>(args.out + begin);
+            auto exists = [&](int v) { return kFull || v * 32 + lane < num_vectors; };
+            VectorRounder<Type, kPerVector> rounder;
+            auto write = [&](Vec(&vectors)[kVectorsPerLane]) {
+                if (rounder.saw_nan()) {
+#pragma unroll
+                    for (int v = 0; v < kVectorsPerLane; ++v) vectors[v] = rounder.settle(vectors[v]);
+                }
 #pragma unroll
                 for (int v = 0; v < kVectorsPerLane; ++v) {
-                    const int at = v * 32 + lane;
-                    if (!kFull && at >= num_vectors) continue;
-                    const Vector part = row[at];
-#pragma unroll
-                    for (int i = 0; i < kPerVector; ++i)
-                        sum[v][i] = __fadd_rn(sum[v][i], Type::widen(part.v[i]));
+                    if (exists(v)) out[v * 32 + lane] = vectors[v];
                 }
             };
-            for (int b = 0; b < args.num_biases; ++b) {
-                add(reinterpret_cast<const Vector*>(args.biases[b] + begin));
-            }
-            for (; now.mask != 0; now.mask &= now.mask - 1) {
-                while (!ptx::mbarrier_try_wait(&loaded[warp][stage], parity)) {
-                }
-                add(reinterpret_cast<const Vector*>(ring + stage * kPieceBytes));
-                // All lanes have read the stage before it is filled again.
-                __syncwarp();
-                read_next(stage);
-                if (++stage == kNumStages) {
-                    stage = 0;
-                    parity ^= 1;
-                }
-            }
+            if constexpr (kAtMostTwo) {
+                Vec lower[kVectorsPerLane] = {}, upper[kVectorsPerLane] = {};
+                if (mask != 0) {
+                    if (!await_pair(__ffs(mask) - 1)) return false;
+                    const auto* rows = reinterpret_cast<const Vec*>(ring + stage * kStageBytes) + lane;
+                    const bool has_two = (mask & (mask - 1)) != 0;
 #pragma unroll
-            for (int v = 0; v < kVectorsPerLane; ++v) {
-                const int at = v * 32 + lane;
-                if (!kFull && at >= num_vectors) continue;
-                reinterpret_cast<Vector*>(args.out + begin)[at] = round_all<Type, kPerVector>(sum[v]);
+                    for (int v = 0; v < kVectorsPerLane; ++v) {
+                        if (exists(v)) lower[v] = rows[v * 32];
+                        if (has_two && exists(v)) upper[v] = rows[kPieceBytes / 16 + v * 32];
+                    }
+                    next_stage();
+                }
+#pragma unroll
+                for (int v = 0; v < kVectorsPerLane; ++v) {
+                    float sum[kPerVector] = {};
+                    add<Type>(sum, lower[v]);
+                    // An absent row is +0, which changes no sum that began with +0.
+                    add<Type>(sum, upper[v]);
+                    lower[v] = rounder.round(sum);
+                }
+                write(lower);
+                return true;
             }
+            float sum[kVectorsPerLane][kPerVector] = {};
+            for (int b = 0; b < args.num_biases; ++b) {
+                const auto* bias = reinterpret_cast<const Vec*>(args.biases[b] + begin) + lane;
+#pragma unroll
+                for (int v = 0; v < kVectorsPerLane; ++v) {
+                    if (exists(v)) add<Type>(sum[v], bias[v * 32]);
+                }
+            }
+            for (unsigned left = mask; left != 0; left &= left - 1) {
+                if (!await_pair(__ffs(left) - 1)) return false;
+                const auto* rows = reinterpret_cast<const Vec*>(ring + stage * kStageBytes) + lane;
+#pragma unroll
+                for (int v = 0; v < kVectorsPerLane; ++v) {
+                    if (exists(v)) add<Type>(sum[v], rows[v * 32]);
+                }
+                left &= left - 1;
+                // Keeps the loads below from being moved up: registers hold one row beside the sums.
+                __syncwarp();
+                if (left != 0) {
+#pragma unroll
+                    for (int v = 0; v < kVectorsPerLane; ++v) {
+                        if (exists(v)) add<Type>(sum[v], rows[kPieceBytes / 16 + v * 32]);
+                    }
+                }
+                next_stage();
+                if (left == 0) break;
+            }
+            Vec result[kVectorsPerLane];
+#pragma unroll
+            for (int v = 0; v < kVectorsPerLane; ++v) result[v] = rounder.round(sum[v]);
+            write(result);
+            return true;
         };
-        for (; now.walk.row < args.num_tokens; now.walk.next()) {
-            open(now);
-            if (pieces.size(now.walk.piece) == kPieceBytes) {
-                sum_piece(std::true_type{});
-            } else {
-                sum_piece(std::false_type{});
+        int32_t next_head = head_of(start);
+        bool goes_on = true;
+        for (PieceWalk job = start; goes_on && job.row < args.num_tokens;) {
+            const unsigned mask = __ballot_sync(kAllLanes, next_head >= 0);
+            const int end = end_piece(job);
+            const int64_t row_begin = job.row * pieces.row_bytes;
+            int piece = first_piece(job);
+            job.next();
+            next_head = head_of(job);
+            for (; goes_on && piece < end; ++piece) {
+                const int64_t begin = row_begin + pieces.begin(piece);
+                const int num_vectors = static_cast<int>(pieces.size(piece)) / 16;
+                goes_on = num_vectors == kPieceBytes / 16
+                              ? sum_piece(std::true_type{}, begin, num_vectors, mask)
+                              : sum_piece(std::false_type{}, begin, num_vectors, mask);
             }
+        }
+        // After a failure, what was asked for must not arrive in shared memory that is another block's by then.
+        for (; !goes_on && num_summed < ahead.num_read; ++num_summed) {
+            sync::await_bulk(domain, &loaded[warp][num_summed % kNumStages], num_summed / kNumStages % 2,
+                             Operation::kCombine, domain.rank);
         }
         if (args.out_weights != nullptr) {
             const int64_t num_weights = static_cast<int64_t>(args.num_tokens) * args.num_topk;
@@ -185,17 +321,26 @@ void launch(const CombineRowsArgs& args, int num_sms, cudaStream_t stream) {
     const int64_t row_bytes = args.hidden * static_cast<int64_t>(sizeof(typename Type::Storage));
     const auto num_pieces = static_cast<int>((row_bytes + kPieceBytes - 1) / kPieceBytes);
     const Pieces pieces{row_bytes, kPieceBytes, num_pieces};
-    const int64_t jobs = static_cast<int64_t>(args.num_tokens) * num_pieces;
+    // Whole tokens cost fewer instructions; with few of them their pieces go to different warps.
+    const bool many = args.num_tokens >= 8 * num_sms * kMaxWarps;
+    const int64_t jobs = static_cast<int64_t>(args.num_tokens) * (many ? 1 : num_pieces);
     check_limit(jobs, INT32_MAX / 2, "combine_rows", "the number of pieces of all rows");
     const auto blocks =
         static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(num_sms, (jobs + 3) / 4)));
-    constexpr int kShared = kMaxWarps * kNumStages * kPieceBytes;
-    allow_shared_memory(combine_rows<Type>, kShared, "combine_rows");
-    combine_rows<Type><<<blocks, kMaxWarps * 32, kShared, stream>>>(args, pieces);
+    auto* const kernel = args.num_biases == 0 && args.domain.num_ranks <= 2 ? combine_rows<Type, true>
+                                                                            : combine_rows<Type, false>;
+    kernel<<<blocks, kMaxWarps * 32, kSharedBytes, stream>>>(args, pieces, many ? num_pieces : 1);
     check_launch("combine_rows");
 }
 
 }  // namespace
+
+void prepare_combine_rows() {
+    for (auto* kernel : {combine_rows<Bf16, true>, combine_rows<Bf16, false>, combine_rows<Fp16, true>,
+                         combine_rows<Fp16, false>, combine_rows<Fp32, true>, combine_rows<Fp32, false>}) {
+        allow_shared_memory(kernel, kSharedBytes, "combine_rows");
+    }
+}
 
 void launch_combine_rows(const CombineRowsArgs& args, int num_sms, Stream stream) {
     const auto cuda_stream = static_cast<cudaStream_t>(stream);

@@ -3,6 +3,7 @@
 #include "kernels/peer_launch.h"
 #include "layout/expert_range.h"
 #include "runtime/errors.h"
+#include "runtime/kernel_attributes.h"
 #include "sync/exchange.cuh"
 
 namespace deep_ep {
@@ -64,6 +65,11 @@ __global__ void __launch_bounds__(kNumThreads)
 }
 
 }  // namespace
+
+void prepare_dispatch_layout() {
+    load_kernel(dispatch_layout<int64_t>, "dispatch_layout");
+    load_kernel(dispatch_layout<int32_t>, "dispatch_layout");
+}
 
 void launch_dispatch_layout(const DispatchLayoutArgs& args, Stream stream) {
     check_limit(args.num_experts, kMaxLayoutExperts, "dispatch_layout", "the number of experts");

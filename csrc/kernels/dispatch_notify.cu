@@ -1,6 +1,8 @@
 #include "kernels/peer_launch.h"
 #include "layout/expert_range.h"
+#include "ptx/grid.cuh"
 #include "runtime/errors.h"
+#include "runtime/kernel_attributes.h"
 #include "sync/exchange.cuh"
 
 namespace deep_ep {
@@ -30,6 +32,9 @@ __global__ void __launch_bounds__(kNumThreads)
     const Domain& domain = args.domain;
     const int num_ranks = domain.num_ranks, rank = domain.rank, num_channels = args.num_channels;
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+    // dispatch_rows may take its place on the SMs now; it waits for the end of this kernel.
+    ptx::launch_dependents();
+    ptx::wait_for_earlier_kernels();
     const uint64_t epoch = sync::own_control(domain)->epoch + 1;
     const int channel_tokens = max((args.num_tokens + num_channels - 1) / num_channels, 1);
 
@@ -65,7 +70,7 @@ __global__ void __launch_bounds__(kNumThreads)
 
     // Announce: every warp writes to the peers it owns.
     for (int peer = warp; peer < num_ranks; peer += kNumWarps) {
-        Announcement* message = sync::announcement(domain, rank, peer, epoch);
+        Announcement* message = sync::open_announcement(domain, peer, epoch);
         for (int r = lane; r < num_ranks; r += 32) message->send_counts[r] = args.num_tokens_per_rank[r];
         for (int c = lane; c < num_channels; c += 32) {
             message->channel_start[c] = c == 0 ? 0 : channel_counts[peer][c - 1];
@@ -85,14 +90,19 @@ __global__ void __launch_bounds__(kNumThreads)
         }
         // The warp's stores come before the release by lane 0.
         __syncwarp();
-        if (lane == 0) sync::publish(message, epoch);
+        if (lane == 0) sync::publish(domain, peer, epoch);
     }
     if (threadIdx.x < num_ranks && !sync::await_announcement(domain, static_cast<int>(threadIdx.x), epoch,
                                                              args.signature, Operation::kDispatch)) {
         all_here = 0;
     }
     __syncthreads();
-    if (!all_here) return;
+    if (!all_here) {
+        // A peer that gave up is no failure, but the host must not wait for its counts.
+        if (threadIdx.x == 0 && !args.fixed_capacity && !sync::has_failed(domain))
+            domain.host->epoch = kRefusedSignature;
+        return;
+    }
 
     // Everybody's counts are here: rows of rank r at its destinations follow those of the ranks before it.
     __shared__ int totals[kMaxPeers];
@@ -109,6 +119,10 @@ __global__ void __launch_bounds__(kNumThreads)
     __syncthreads();
     HostRecord* host = domain.host;
     if (!args.fixed_capacity) {
+        for (int i = threadIdx.x; i < num_ranks * num_ranks; i += kNumThreads) {
+            host->send_counts[i] =
+                sync::announcement(domain, i / num_ranks, rank, epoch)->send_counts[i % num_ranks];
+        }
         const ExpertRange local = expert_range(args.num_experts, num_ranks, rank);
         for (int e = threadIdx.x; e < local.count; e += kNumThreads) {
             int sum = 0;
@@ -163,10 +177,15 @@ __global__ void __launch_bounds__(kNumThreads)
 
 }  // namespace
 
+void prepare_dispatch_notify() {
+    load_kernel(dispatch_notify, "dispatch_notify");
+}
+
 void launch_dispatch_notify(const DispatchNotifyArgs& args, Stream stream) {
     check_limit(args.num_channels, kMaxChannels, "dispatch_notify", "the number of channels");
-    dispatch_notify<<<1, kNumThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-    check_launch("dispatch_notify");
+    // After dispatch_layout, in most programs.
+    launch_early(dispatch_notify, 1, kNumThreads, 0, static_cast<cudaStream_t>(stream), "dispatch_notify",
+                 args);
 }
 
 }  // namespace deep_ep

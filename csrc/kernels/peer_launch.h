@@ -8,6 +8,15 @@
 
 namespace deep_ep {
 
+// Each kernel is loaded when a buffer is constructed: loading it at its first launch may wait for kernels that run.
+void prepare_dispatch_layout();
+void prepare_dispatch_notify();
+void prepare_dispatch_rows();
+void prepare_dispatch_rows_fp8();
+void prepare_dispatch_refuse();
+void prepare_dispatch_combine_copy();
+void prepare_combine_rows();
+
 // Counts of topk_idx: per rank and per expert, and which rank each token goes to. One pass.
 struct DispatchLayoutArgs {
     Domain domain;
@@ -71,15 +80,42 @@ struct DispatchRowsArgs {
     const float* topk_weights;
     int num_topk;
     int num_experts;
+    // dispatch_rows_fp8: the rows are of `type` and quantised on the way; row_bytes is that of the result, a multiple of
+    // 128, `scales` is null and scales_per_token the number of 4-byte words that `format` gives.
+    ElementType type;
+    ScaleFormat format;
 };
 void launch_dispatch_rows(const DispatchRowsArgs& args, int num_sms, Stream stream);
+void launch_dispatch_rows_fp8(const DispatchRowsArgs& args, int num_sms, Stream stream);
 
-// Read the rows of each token from the peers and sum them.
+// This rank takes part in an operation without moving anything: the others are told that it refused.
+void launch_dispatch_refuse(const Domain& domain, Stream stream);
+
+// Copies within this rank's memory, on the SMs of the call. Addresses and sizes are multiples of 16 bytes.
+constexpr int kMaxSegments = 8;
+struct CopySegmentsArgs {
+    struct Segment {
+        const uint8_t* from;  // null: fill with bytes of 0xFF
+        uint8_t* to;
+        int64_t bytes;
+    };
+    Segment segments[kMaxSegments];
+    int num_segments;
+};
+void launch_dispatch_combine_copy(const CopySegmentsArgs& args, int num_sms, Stream stream);
+
+// Sum the rows of each token. Those of a peer are read from its heap, or, if it announces no rows, come into this rank's
+// inbox by the peer's copy engine, source after source, each in the order of its own rows.
 struct CombineRowsArgs {
     Domain domain;
     uint64_t signature;
-    int64_t rows_offset;     // of this rank's rows in its heap
+    const uint8_t* rows;     // this rank's, [num_recv, hidden]
+    int64_t rows_offset;     // the same in its heap, -1: they are pushed to the peers
+    const float* weights;    // or null
     int64_t weights_offset;  // or -1
+    uint64_t push_number;    // of this combine among those that may push, 0: this one may not
+    uint8_t* inbox;
+    const int32_t* rank_prefix;  // [R, R], of the handle: says where each source's rows start
     int num_tokens;
     const int32_t* send_head;
     int64_t hidden;

@@ -40,9 +40,26 @@ struct alignas(16) ControlBlock {
     // Written by peers; two of each, because a peer can be one operation ahead.
     alignas(16) Announcement announcements[2][kMaxPeers];
     uint64_t done[kMaxPeers];  // epoch up to which that rank has finished with this rank's memory
+    // Combines whose rows copy engines bring, numbered by the hosts (see CombineRowsArgs).
+    uint64_t inbox_open[kMaxPeers];  // number of the combine for which that rank takes rows into its inbox
+    uint64_t pushed[kMaxPeers];      // number << 32 | end of the rows that have come from that rank
+    // Written by the owner's kernels.
+    uint64_t late[kMaxPeers];  // the last wait for each peer that the host was told of, see sync/exchange.cuh
 };
 
+constexpr uint64_t kRefusedSignature =
+    ~uint64_t{0};  // in place of a signature: the sender gave the operation up
+
 constexpr int kMaxLayoutExperts = 4096;
+
+// A wait that lasts long; the wait goes on.
+struct LateWait {
+    volatile uint64_t key;  // of (epoch, phase); written last
+    volatile uint32_t operation;
+    volatile uint32_t phase;
+    volatile uint64_t expected;
+    volatile uint64_t seen;
+};
 
 // In host memory that kernels write: the counts that the host waits for, and the first failure.
 struct HostRecord {
@@ -50,11 +67,13 @@ struct HostRecord {
     volatile uint64_t epoch;
     volatile int64_t num_recv;
     volatile int64_t fits;  // 0: some rank's capacity is too small for what it would receive
+    volatile int32_t send_counts[kMaxPeers * kMaxPeers];  // rows from each rank (row) to each
     volatile int32_t expert_counts[kMaxLocalExperts];
     // A worst-case dispatch that did not fit; `overflow_total` is written last, and set to 0 by the host.
     volatile int32_t overflow_rank;
     volatile int64_t overflow_capacity;
     volatile int64_t overflow_total;
+    volatile int32_t refused_by;  // 1 + a rank that gave an operation up; set to 0 by the host
     // First failure; `error` is written last. See sync/exchange.cuh.
     volatile uint32_t error;
     volatile uint32_t operation;
@@ -62,6 +81,7 @@ struct HostRecord {
     volatile int32_t peer;
     volatile uint64_t expected;
     volatile uint64_t seen;
+    LateWait late[kMaxPeers];  // by awaited peer
 };
 
 // A rank's view of its domain. `base[r]` is where rank r's heap is mapped here.
@@ -71,6 +91,9 @@ struct Domain {
     int rank;
     HostRecord* host;  // as the device addresses it
     uint64_t timeout_ns;
+    uint64_t warn_ns;     // a wait that lasts longer is told to the host, once
+    uint32_t delay_seed;  // not 0: seeded delays at every signal and wait
+    uint32_t planted;     // bits of broken contracts, see sync/planted.h
 };
 
 enum class DeviceError : uint32_t {
@@ -78,8 +101,9 @@ enum class DeviceError : uint32_t {
     kTimeout = 1,
     kSignature = 2,
     kOverflow = 3,
-    kExpertRange = 4
+    kExpertRange = 4,
+    kRefused = 5
 };
-enum class Phase : uint32_t { kAnnouncement = 1, kDone = 2, kLayout = 3 };
+enum class Phase : uint32_t { kAnnouncement = 1, kDone = 2, kLayout = 3, kBulkCopy = 4, kPushed = 5 };
 
 }  // namespace deep_ep

@@ -21,6 +21,10 @@ struct Bf16 {
     __device__ static __forceinline__ float widen(Storage v) {
         return __uint_as_float(static_cast<uint32_t>(v) << 16);
     }
+    __device__ static __forceinline__ void widen_pair(uint32_t word, float& low, float& high) {
+        low = __uint_as_float(word << 16);
+        high = __uint_as_float(word & 0xFFFF0000u);
+    }
     __device__ static __forceinline__ Storage round(float v) {
         return is_nan(v) ? uint16_t{0x7FC0} : __bfloat16_as_ushort(__float2bfloat16_rn(v));
     }
@@ -29,6 +33,11 @@ struct Bf16 {
 struct Fp16 {
     using Storage = uint16_t;
     __device__ static __forceinline__ float widen(Storage v) { return __half2float(__ushort_as_half(v)); }
+    __device__ static __forceinline__ void widen_pair(uint32_t word, float& low, float& high) {
+        const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
+        low = both.x;
+        high = both.y;
+    }
     __device__ static __forceinline__ Storage round(float v) {
         return is_nan(v) ? uint16_t{0x7E00} : __half_as_ushort(__float2half_rn(v));
     }
@@ -71,30 +80,61 @@ struct alignas(sizeof(T) * kCount) Pack {
     T v[kCount];
 };
 
-// Rounds a vector with the bits of Type::round. NaN is rare, so it is looked for once in all elements: a sum of them is NaN
-// if one of them is (infinities of both signs make it NaN too, and take the slow way to the same result).
+// Widens a vector.
 template <class Type, int kCount>
-__device__ __forceinline__ Pack<typename Type::Storage, kCount> round_all(const float (&v)[kCount]) {
-    Pack<typename Type::Storage, kCount> result;
+__device__ __forceinline__ void widen_vector(const Pack<typename Type::Storage, kCount>& from,
+                                             float (&to)[kCount]) {
+    if constexpr (sizeof(typename Type::Storage) == 2 && kCount == 8) {
+        // By words: half of the instructions that taking out single 16-bit values costs.
+        const uint4 words = *reinterpret_cast<const uint4*>(&from);
+        const uint32_t w[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) result.v[i] = Type::round(v[i]);
-    return result;
+        for (int i = 0; i < 4; ++i) Type::widen_pair(w[i], to[2 * i], to[2 * i + 1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) to[i] = Type::widen(from.v[i]);
+    }
 }
 
-template <>
-__device__ __forceinline__ Pack<uint16_t, 8> round_all<Bf16, 8>(const float (&v)[8]) {
-    Pack<uint16_t, 8> result;
-    const float probe = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-    if (is_nan(probe)) {
+// Rounds vectors with the bits of Type::round. For bf16, NaN is looked for once in all of them: round() leaves the pattern
+// of the conversion instruction, 0x7FFF, and settle() puts 0x7FC0 in its place where any was seen.
+template <class Type, int kCount>
+struct VectorRounder {
+    using Result = Pack<typename Type::Storage, kCount>;
+    __device__ __forceinline__ Result round(const float (&v)[kCount]) {
+        Result result;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) result.v[i] = Bf16::round(v[i]);
+        for (int i = 0; i < kCount; ++i) result.v[i] = Type::round(v[i]);
         return result;
     }
-    auto* pairs = reinterpret_cast<__nv_bfloat162*>(&result);
+    __device__ __forceinline__ bool saw_nan() const { return false; }
+    __device__ __forceinline__ Result settle(const Result& result) const { return result; }
+};
+
+template <>
+struct VectorRounder<Bf16, 8> {
+    using Result = Pack<uint16_t, 8>;
+    __nv_bfloat162 largest{__ushort_as_bfloat16(0), __ushort_as_bfloat16(0)};  // NaN once one was seen
+
+    __device__ __forceinline__ Result round(const float (&v)[8]) {
+        Result result;
+        auto* pairs = reinterpret_cast<__nv_bfloat162*>(&result);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-    return result;
-}
+        for (int i = 0; i < 4; ++i) {
+            pairs[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+            largest = __hmax2_nan(largest, pairs[i]);
+        }
+        return result;
+    }
+    __device__ __forceinline__ bool saw_nan() const { return !__hbeq2(largest, largest); }
+    __device__ __forceinline__ Result settle(const Result& result) const {
+        Result settled;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            settled.v[i] = result.v[i] == 0x7FFF ? static_cast<uint16_t>(0x7FC0) : result.v[i];
+        return settled;
+    }
+};
 
 template <int kBytes, class T>
 __device__ __host__ __forceinline__ bool is_aligned(const T* p) {

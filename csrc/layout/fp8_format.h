@@ -22,7 +22,7 @@ constexpr float kE4m3Max = 448.0f;   // largest finite E4M3 value
 constexpr float kAmaxFloor = 1e-4f;  // keeps an all-zero tile from dividing by zero
 constexpr int kTilesPerWord = 4;
 
-inline int element_bytes(ElementType type) {
+DEEP_EP_HOST_DEVICE int element_bytes(ElementType type) {
     return type == ElementType::kFp32 ? 4 : 2;
 }
 

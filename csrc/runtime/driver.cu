@@ -65,6 +65,8 @@ Driver load() {
     look_up("cuIpcGetMemHandle", d.ipc_get_mem_handle);
     look_up("cuIpcOpenMemHandle", d.ipc_open_mem_handle);
     look_up("cuIpcCloseMemHandle", d.ipc_close_mem_handle);
+    look_up("cuStreamWaitValue64", d.stream_wait_value);
+    look_up("cuStreamWriteValue64", d.stream_write_value);
     const CUresult status = d.init(0);
     if (status != CUDA_SUCCESS) {
         const char* name = nullptr;

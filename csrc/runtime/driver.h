@@ -39,6 +39,8 @@ struct Driver {
     PFN_cuIpcGetMemHandle_v4010 ipc_get_mem_handle;
     PFN_cuIpcOpenMemHandle_v11000 ipc_open_mem_handle;
     PFN_cuIpcCloseMemHandle_v4010 ipc_close_mem_handle;
+    PFN_cuStreamWaitValue64_v11070 stream_wait_value;
+    PFN_cuStreamWriteValue64_v11070 stream_write_value;
 };
 
 // Initialises the driver at the first call. std::runtime_error if there is none, it is too old, or it fails to start.

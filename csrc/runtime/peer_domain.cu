@@ -2,15 +2,19 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <thread>
 
 #include "runtime/errors.h"
 
 namespace deep_ep {
+
+constexpr double kWarnAfterSeconds = 10.0;
 
 PeerDomain::PeerDomain(const std::vector<uintptr_t>& bases, int rank, double timeout_s) {
     check_limit(static_cast<int64_t>(bases.size()), kMaxPeers, "PeerDomain", "the number of ranks");
@@ -25,6 +29,7 @@ PeerDomain::PeerDomain(const std::vector<uintptr_t>& bases, int rank, double tim
     domain_.rank = rank;
     domain_.host = static_cast<HostRecord*>(device);
     domain_.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
+    set_warn_after(kWarnAfterSeconds);
 }
 
 PeerDomain::~PeerDomain() {
@@ -35,19 +40,51 @@ void PeerDomain::expect_counts() {
     host_->epoch = 0;
 }
 
-bool PeerDomain::wait_counts() const {
+PeerDomain::Outcome PeerDomain::wait_counts() const {
     const auto limit = std::chrono::nanoseconds(2 * domain_.timeout_ns) + std::chrono::seconds(10);
     const auto start = std::chrono::steady_clock::now();
     for (uint64_t spin = 0; host_->epoch == 0; ++spin) {
-        if (host_->error != 0) return false;
+        if (host_->error != 0) return Outcome::kFailed;
         if (spin % 1024 != 1023) continue;
         const auto waited = std::chrono::steady_clock::now() - start;
-        if (waited > limit) throw std::runtime_error("deep_ep: the kernels that exchange counts never ran");
+        if (waited > limit) return Outcome::kFailed;
         // Ranks that share cores must let each other go on.
         if (waited > std::chrono::milliseconds(1)) std::this_thread::yield();
     }
     std::atomic_thread_fence(std::memory_order_acquire);
-    return true;
+    return host_->epoch == kRefusedSignature ? Outcome::kRefused : Outcome::kCounts;
+}
+
+void PeerDomain::reset() {
+    check_cuda(cudaMemset(domain_.base[domain_.rank], 0, sizeof(ControlBlock)), "clearing the control block");
+    check_cuda(cudaDeviceSynchronize(), "clearing the control block");
+    std::memset(static_cast<void*>(host_), 0, sizeof(HostRecord));
+    std::fill(std::begin(taken_), std::end(taken_), 0);
+}
+
+double PeerDomain::warn_after() const {
+    return static_cast<double>(domain_.warn_ns) * 1e-9;
+}
+
+void PeerDomain::set_warn_after(double seconds) {
+    domain_.warn_ns = static_cast<uint64_t>(seconds * 1e9);
+}
+
+std::optional<PeerDomain::Late> PeerDomain::take_late() {
+    for (int peer = 0; host_ != nullptr && peer < domain_.num_ranks; ++peer) {
+        const LateWait& late = host_->late[peer];
+        const uint64_t key = late.key;
+        if (key == taken_[peer]) continue;
+        std::atomic_thread_fence(std::memory_order_acquire);
+        taken_[peer] = key;
+        return Late{peer, late.operation, late.phase, late.expected, late.seen};
+    }
+    return std::nullopt;
+}
+
+void PeerDomain::set_debug(uint32_t delay_seed, uint32_t planted) {
+    domain_.delay_seed = delay_seed;
+    domain_.planted = planted;
 }
 
 void PeerDomain::close() noexcept {

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 
 #include "runtime/driver.h"
@@ -196,10 +197,29 @@ class OwnMemory {
         return freed && retired_ && pool_.num_used() + stand_ins_.num_used() == 0;
     }
 
-    // Hands out nothing any more. True if no block is in use: the caller then calls release().
+    // A block that torch does not know of; -1 when no free one is large enough.
+    int64_t reserve_block(int64_t bytes) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const int64_t offset = pool_.allocate(bytes);
+        if (offset >= 0) reserved_.insert(offset);
+        return offset;
+    }
+
+    void return_block(int64_t offset) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (reserved_.erase(offset) == 0) {
+            throw std::invalid_argument("deep_ep: no block was reserved at offset " + std::to_string(offset));
+        }
+        pool_.free(offset);
+    }
+
+    // Hands out nothing any more, and takes the reserved blocks back. True if no block is in use: the caller then calls
+    // release().
     bool retire() {
         std::lock_guard<std::mutex> lock(mutex_);
         retired_ = true;
+        for (const int64_t offset : reserved_) pool_.free(offset);
+        reserved_.clear();
         return pool_.num_used() + stand_ins_.num_used() == 0;
     }
 
@@ -248,6 +268,7 @@ class OwnMemory {
     CUcontext context() const { return context_; }
     uintptr_t base() const { return base_; }
     int64_t reserve_bytes() const { return reserve_bytes_; }
+    int64_t granularity() const { return granularity_; }
     int64_t mapped_bytes() const { return mapped_bytes_.load(std::memory_order_acquire); }
     int64_t pending_bytes() const { return pending_bytes_; }
     uintptr_t stand_in_base() const { return stand_in_base_; }
@@ -314,6 +335,7 @@ class OwnMemory {
 
     mutable std::mutex mutex_;  // guards all below
     BlockAllocator pool_, stand_ins_;
+    std::set<int64_t> reserved_;  // offsets of the blocks in use that are not torch's
     std::vector<int64_t> chunks_;
     int64_t control_bytes_ = 0;
     bool retired_ = false;
@@ -354,9 +376,9 @@ Registry& registry() {
     return *instance;
 }
 
-// The heap whose allocation is under way in this thread.
-thread_local const std::shared_ptr<OwnMemory>* active_memory = nullptr;
-thread_local bool active_stand_in_only = false;
+// The heap that torch's next request is for. The process makes one such request at a time (deep_ep/engines/pool.py).
+std::atomic<const std::shared_ptr<OwnMemory>*> active_memory{nullptr};
+std::atomic<bool> active_stand_in_only{false};
 
 }  // namespace
 
@@ -482,22 +504,34 @@ HeapUsage SymmetricHeap::usage() const {
     return own().usage();
 }
 
+int64_t SymmetricHeap::granularity() const {
+    return own().granularity();
+}
+
 bool SymmetricHeap::is_stand_in(uintptr_t address) {
     return address >= kStandInBase && address < kStandInEnd;
 }
 
 void SymmetricHeap::activate(bool stand_in_only) const {
     own();
-    active_memory = &own_;
-    active_stand_in_only = stand_in_only;
+    active_memory.store(&own_, std::memory_order_release);
+    active_stand_in_only.store(stand_in_only, std::memory_order_release);
 }
 
-void SymmetricHeap::deactivate() {
-    active_memory = nullptr;
+int64_t SymmetricHeap::reserve_block(int64_t bytes) {
+    own();
+    return own_->reserve_block(bytes);
+}
+
+void SymmetricHeap::return_block(int64_t offset) {
+    own();
+    own_->return_block(offset);
 }
 
 void SymmetricHeap::destroy() noexcept {
     if (own_ == nullptr) return;
+    const std::shared_ptr<OwnMemory>* active = &own_;
+    active_memory.compare_exchange_strong(active, nullptr);
     const std::shared_ptr<OwnMemory> memory = own_;
     if (!memory->forked()) {
         const Driver& d = driver();
@@ -525,43 +559,14 @@ void SymmetricHeap::destroy() noexcept {
     }
 }
 
-DeviceIdentity device_identity(int device) {
-    const Driver& d = driver();
-    CUdevice cu_device = 0;
-    check_driver(d.device_get(&cu_device, device), "cuDeviceGet");
-    CUuuid uuid;
-    check_driver(d.device_get_uuid(&uuid, cu_device), "cuDeviceGetUuid");
-    char bus[32] = {0};
-    check_driver(d.device_get_pci_bus_id(bus, sizeof(bus), cu_device), "cuDeviceGetPCIBusId");
-    return {std::string(uuid.bytes, sizeof(uuid.bytes)), bus};
-}
-
-std::vector<std::pair<std::string, bool>> device_reach(int device) {
-    const Driver& d = driver();
-    CUdevice own = 0;
-    check_driver(d.device_get(&own, device), "cuDeviceGet");
-    int count = 0;
-    check_driver(d.device_get_count(&count), "cuDeviceGetCount");
-    std::vector<std::pair<std::string, bool>> reach;
-    for (int other = 0; other < count; ++other) {
-        int can_access = other == device;
-        if (other != device) {
-            CUdevice peer = 0;
-            check_driver(d.device_get(&peer, other), "cuDeviceGet");
-            check_driver(d.device_can_access_peer(&can_access, own, peer), "cuDeviceCanAccessPeer");
-        }
-        reach.emplace_back(device_identity(other).uuid, can_access != 0);
-    }
-    return reach;
-}
-
 }  // namespace deep_ep
 
 // For torch.cuda.memory.CUDAPluggableAllocator, which looks them up by name.
 extern "C" __attribute__((visibility("default"))) void* deep_ep_pool_malloc(ssize_t size, int, cudaStream_t) {
     try {
-        if (deep_ep::active_memory == nullptr) return nullptr;
-        return (*deep_ep::active_memory)->allocate(size, deep_ep::active_stand_in_only);
+        const auto* memory = deep_ep::active_memory.load(std::memory_order_acquire);
+        if (memory == nullptr) return nullptr;
+        return (*memory)->allocate(size, deep_ep::active_stand_in_only.load(std::memory_order_acquire));
     } catch (...) {  // out of host memory; no exception may cross into the caller's C++ library
         return nullptr;
     }

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace deep_ep {
@@ -58,12 +57,18 @@ class SymmetricHeap {
     std::vector<uintptr_t> bases() const;        // by rank, as mapped here
     int64_t offset_of(uintptr_t address) const;  // in the own range, -1 elsewhere
     HeapUsage usage() const;
+    int64_t granularity() const;  // chunks are multiples of it, in bytes
 
-    // deep_ep_pool_malloc serves this heap in the calling thread until deactivate(), with memory of the pool, or, when
-    // that is full, with stand-ins: addresses without memory. With stand_in_only it hands out those alone.
+    // deep_ep_pool_malloc serves this heap until another one is activated, with memory of the pool, or, when that is
+    // full, with stand-ins: addresses without memory. With stand_in_only it hands out those alone. The caller lets one
+    // thread at a time activate and allocate.
     void activate(bool stand_in_only) const;
-    static void deactivate();
     static bool is_stand_in(uintptr_t address);
+
+    // A block of the own pool for the caller's use, as an offset; -1 when no free block is large enough. It comes back
+    // by return_block (std::invalid_argument for any other offset) or with the heap.
+    int64_t reserve_block(int64_t bytes);
+    void return_block(int64_t offset);
 
     // Waits for the device, unmaps the other ranks' memory, and frees the own one, or leaves that to the last tensor
     // in it. No kernel of another rank may use this rank's memory any more. Never throws; again: does nothing.
@@ -79,14 +84,5 @@ class SymmetricHeap {
     std::vector<uintptr_t> peers_;  // by rank: address of the range; the own one is in own_
     std::vector<bool> imported_;    // by rank: whether the chunk that is not committed yet is mapped
 };
-
-// A GPU as its processes know it: the same for every process, whatever CUDA_VISIBLE_DEVICES says.
-struct DeviceIdentity {
-    std::string uuid;     // 16 bytes
-    std::string pci_bus;  // "0000:1b:00.0"
-};
-DeviceIdentity device_identity(int device);
-// For each visible GPU: its UUID, and whether `device` can map its memory (itself included).
-std::vector<std::pair<std::string, bool>> device_reach(int device);
 
 }  // namespace deep_ep

@@ -35,13 +35,16 @@ VARIABLES = frozenset(
         "DEEP_EP_CPU_ISA",
         "DEEP_EP_CUDA",
         "DEEP_EP_CUDA_ARCHS",
+        "DEEP_EP_DEBUG_DELAYS",
         "DEEP_EP_ENGINE",
+        "DEEP_EP_MAX_POOL_BYTES",
         "DEEP_EP_NVL_DOMAIN",
         "DEEP_EP_PYTHON",
         "DEEP_EP_SHARED_MEMORY",
         "DEEP_EP_TEST_DEVICE",
         "DEEP_EP_TIMEOUT_S",
         "DEEP_EP_TORCH",
+        "DEEP_EP_TUNING",
     }
 )
 
@@ -66,13 +69,14 @@ def choose_engine(software: Software, gpus: Gpus, host: Host) -> EngineChoice:
     """
     obstacle = _kernel_obstacle(software, gpus, host)
     if not obstacle:
-        return EngineChoice(
-            "cuda",
-            [
-                "every GPU here reaches the memory of every other, so kernels move rows between them directly",
-                "CPU tensors, low-latency calls and rows that are no multiple of 16 bytes take the portable engine",
-            ],
-        )
+        reasons = [
+            "every GPU here reaches the memory of every other, so kernels move rows between them directly",
+            "CPU tensors, low-latency calls and rows that are no multiple of 16 bytes take the portable engine",
+        ]
+        domain = host.environment.get("DEEP_EP_NVL_DOMAIN", "")
+        if domain:
+            reasons.append(f"DEEP_EP_NVL_DOMAIN={domain}: larger groups count as several nodes, and are portable")
+        return EngineChoice("cuda", reasons)
     reasons = [f"the kernels cannot be used: {obstacle}"]
     if gpus.devices and software.torch_cuda is not None:
         reasons.append("rows on GPUs pass through host memory, unless the group's backend is nccl")
@@ -100,7 +104,16 @@ def _kernel_obstacle(software: Software, gpus: Gpus, host: Host) -> str:
     if old:
         return f"GPUs {old} have a compute capability below 9.0"
     apart = [(pair.src, pair.dst) for pair in gpus.pairs if pair.src != pair.dst and known(pair.peer_access) is False]
-    return f"no peer access between GPUs {apart}" if apart else ""
+    if apart:
+        return f"no peer access between GPUs {apart}"
+    private = _private(gpus)
+    return f"GPUs {[gpu.index for gpu in private]} cannot share their memory" if private else ""
+
+
+def _private(gpus: Gpus) -> list[Gpu]:
+    """GPUs whose memory was tried to be shared in the two ways of one host, in vain."""
+    tried = [(gpu, known(gpu.sharing)) for gpu in gpus.devices]
+    return [gpu for gpu, answers in tried if answers is not None and all(answers.get(kind) for kind in ("fd", "ipc"))]
 
 
 def _shared_memory_obstacle(host: Host) -> str:
@@ -225,6 +238,13 @@ def _devices(software: Software, gpus: Gpus, host: Host) -> Iterator[Finding]:
         yield Finding(
             "note", "GPUs", f"different GPUs: {', '.join(sorted({gpu.name for gpu in gpus.devices}))}",
             "a group is as fast as its slowest GPU",
+        )  # fmt: skip
+    for gpu in _private(gpus):
+        answers = known(gpu.sharing) or {}
+        yield Finding(
+            "warning", f"GPU {gpu.index}",
+            f"its memory cannot be shared: {'; '.join(answer for answer in answers.values() if answer)}",
+            "use a newer driver; virtual machines need a passed-through GPU, containers the NVIDIA runtime",
         )  # fmt: skip
     for gpu in gpus.devices:
         yield from _device(gpu)

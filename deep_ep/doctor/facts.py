@@ -82,7 +82,10 @@ class Software:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device, numbered as torch numbers it. ``capability`` is 10 * major + minor."""
+    """One device, numbered as torch numbers it. ``capability`` is 10 * major + minor.
+
+    ``sharing``: for each way of `deep_ep.engines.peer_memory`, "" where memory could be exported, else why not.
+    """
 
     index: int
     name: str
@@ -99,15 +102,21 @@ class Gpu:
     fabric: Maybe[bool]
     multicast: Maybe[bool]
     gpudirect_rdma: Maybe[bool]
+    sharing: Maybe[dict[str, str]] = Unknown(NOT_MEASURED)
 
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """GB/s (1e9 bytes a second) of one direction, and of both at once added up. ``intact``: the data arrived."""
+    """GB/s (1e9 bytes a second) of one direction, and of both at once added up. ``intact``: the data arrived.
+
+    ``gbytes_per_s_kernel``: the same as both at once, by a kernel on `bandwidth.KERNEL_SMS` SMs of each GPU, as
+    dispatch moves rows; None where there are no kernels for it.
+    """
 
     gbytes_per_s: float
     gbytes_per_s_both_ways: float
     intact: bool
+    gbytes_per_s_kernel: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from .bandwidth import probe
+from .bandwidth import Measured, probe
 from .driver import LIBRARY, Driver, DriverError, DriverMissing
 from .facts import NOT_MEASURED, Gpu, Gpus, Maybe, Pair, Unknown, guard, reason_of
 from .links import Links, query_links
@@ -30,6 +30,7 @@ def collect_gpus(run_probe: bool, root: Path = _ROOT, library: str = LIBRARY) ->
     if not devices:
         return dataclasses.replace(_without_devices("no CUDA device", version, root), driver_cuda=cuda)
     links = guard(query_links, sorted({gpu.pci for gpu in devices}))
+    measured = probe(len(devices)) if run_probe else Measured({}, {})
     return Gpus(
         status="ok",
         driver=version,
@@ -37,8 +38,8 @@ def collect_gpus(run_probe: bool, root: Path = _ROOT, library: str = LIBRARY) ->
         present=guard(_present, root),
         imex_channels=_imex_channels(root),
         link_source=links if isinstance(links, Unknown) else links.source,
-        devices=[_complete(gpu, links, root) for gpu in devices],
-        pairs=_pairs(driver, devices, links, run_probe),
+        devices=[_complete(gpu, links, measured, root) for gpu in devices],
+        pairs=_pairs(driver, devices, links, measured),
     )
 
 
@@ -69,18 +70,18 @@ def _imex_channels(root: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _complete(gpu: Gpu, links: Maybe[Links], root: Path) -> Gpu:
+def _complete(gpu: Gpu, links: Maybe[Links], measured: Measured, root: Path) -> Gpu:
     if isinstance(links, Unknown):
         # A slice of a GPU has it in its name; a whole GPU need not be what the name says.
         mig: Maybe[bool] = True if "MIG" in gpu.name.split() else links
     else:
         mig = links.mig.get(gpu.pci, Unknown(f"{links.source} does not list this GPU"))
     node = guard(numa_node, root / "sys/bus/pci/devices" / gpu.pci)
-    return dataclasses.replace(gpu, mig=mig, numa_node=node)
+    sharing = measured.sharing.get(gpu.index, gpu.sharing)
+    return dataclasses.replace(gpu, mig=mig, numa_node=node, sharing=sharing)
 
 
-def _pairs(driver: Driver, devices: list[Gpu], links: Maybe[Links], run_probe: bool) -> list[Pair]:
-    measured = probe(len(devices)) if run_probe else {}
+def _pairs(driver: Driver, devices: list[Gpu], links: Maybe[Links], measured: Measured) -> list[Pair]:
     pairs = []
     for source in devices:
         for target in devices:
@@ -92,7 +93,7 @@ def _pairs(driver: Driver, devices: list[Gpu], links: Maybe[Links], run_probe: b
                     peer_access=True if i == j else guard(driver.can_access_peer, i, j),
                     native_atomics=True if i == j else guard(driver.native_atomics, i, j),
                     link=_link(source, target, links),
-                    bandwidth=measured.get((i, j), Unknown(NOT_MEASURED)),
+                    bandwidth=measured.pairs.get((i, j), Unknown(NOT_MEASURED)),
                 )
             )
     return pairs

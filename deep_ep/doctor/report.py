@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from .bandwidth import KERNEL_SMS
 from .facts import Finding, Gpus, Host, Limit, Maybe, Nic, Pair, Report, Software, Unknown, cuda_version_text, known
 
 _LEVEL_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -101,6 +102,7 @@ def _gpus(gpus: Gpus) -> list[Block]:
     block.remarks.append(
         "fd, fabric: memory can be exported to other processes as a file descriptor, as a fabric handle"
     )
+    block.remarks += _sharing(gpus)
     channels = ", ".join(gpus.imex_channels) or "none, so that fabric handles stay on this host at best"
     block.remarks.append(f"IMEX channels: {channels}")
     count = len(gpus.devices)
@@ -111,6 +113,18 @@ def _gpus(gpus: Gpus) -> list[Block]:
         links.remarks.append(f"from {gpus.link_source}")
         blocks += [access, links]
     return [*blocks, _bandwidth(gpus.pairs, count)]
+
+
+def _sharing(gpus: Gpus) -> list[str]:
+    """What came of exporting memory of each GPU; GPUs that answer alike in one line."""
+    answers: dict[str, list[str]] = {}
+    for gpu in gpus.devices:
+        if isinstance(gpu.sharing, Unknown):
+            text = str(gpu.sharing)
+        else:
+            text = "; ".join(f"{kind} {f'no ({reason})' if reason else 'yes'}" for kind, reason in gpu.sharing.items())
+        answers.setdefault(text, []).append(str(gpu.index))
+    return [f"sharing tried on GPU {', '.join(devices)}: {text}" for text, devices in answers.items()]
 
 
 def _matrix(title: str, pairs: Sequence[Pair], count: int, value: Callable[[Pair], Maybe[object]]) -> Block:
@@ -127,12 +141,19 @@ def _bandwidth(pairs: Sequence[Pair], count: int) -> Block:
         if isinstance(pair.bandwidth, Unknown):
             text = block.cell(pair.bandwidth)
         else:
-            both = f" / {pair.bandwidth.gbytes_per_s_both_ways:.0f}" if pair.src != pair.dst else ""
-            text = f"{pair.bandwidth.gbytes_per_s:.0f}{both}{'' if pair.bandwidth.intact else ' DAMAGED'}"
+            figures = [pair.bandwidth.gbytes_per_s]
+            if pair.src != pair.dst:
+                figures.append(pair.bandwidth.gbytes_per_s_both_ways)
+                if pair.bandwidth.gbytes_per_s_kernel is not None:
+                    figures.append(pair.bandwidth.gbytes_per_s_kernel)
+            text = " / ".join(f"{figure:.0f}" for figure in figures) + ("" if pair.bandwidth.intact else " DAMAGED")
         cells[pair.src, pair.dst] = text
     block.rows = [[f"GPU{i}", *(cells.get((i, j), "") for j in range(count))] for i in range(count)]
     if any(not isinstance(pair.bandwidth, Unknown) for pair in pairs):
-        block.remarks.append("one direction alone / both at once added up; the diagonal copies within one GPU's memory")
+        block.remarks.append(
+            "copies in one direction alone / both at once added up / both at once by kernels on "
+            f"{KERNEL_SMS} SMs; the diagonal copies within one GPU's memory"
+        )
     return block
 
 

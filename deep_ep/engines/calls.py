@@ -1,56 +1,102 @@
-"""What surrounds an operation: waiting for what came before, the stream it runs on, and the event it leaves."""
+"""What surrounds an operation: the buffer's lock, what came before, the stream it runs on, and the event it leaves."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import DeepEPError
 from ..event import EventHandle, EventOverlap, wait_previous
+
+if TYPE_CHECKING:
+    from .portable import PortableEngine
 
 
 class Call:
-    """An operation on the current stream. Enter it, run the operation, and take `event` after it."""
+    """An operation on the current stream.
 
-    def __init__(self, inputs: object, previous_event: EventOverlap | EventHandle | None, async_finish: bool) -> None:
-        # Arguments are checked later; whatever is no tensor here is refused there.
-        self.inputs = tuple(_tensors(inputs))
+    Enter it, check the arguments, `start`, run the operation, leave, and take `event`. What fails before `start` are
+    this rank's arguments: the peers, which are or will be in the same operation, are told. What fails after it without
+    being known to the peers (no memory, an interrupt) must not leave them waiting either.
+
+    Attributes:
+        on_device: kernels run the operation.
+    """
+
+    on_device = False
+
+    def __init__(
+        self,
+        engine: PortableEngine,
+        operation: str,
+        inputs: object,
+        previous_event: EventOverlap | EventHandle | None,
+        async_finish: bool,
+    ) -> None:
+        self.engine = engine
+        self.operation = operation
+        self.inputs = inputs
         self.previous_event = previous_event
         self.async_finish = async_finish
         self.event = EventOverlap()
-        self._contexts = contextlib.ExitStack()
+        self.started = False
 
     def __enter__(self) -> Call:
-        # What is entered is left again also if entering fails half-way.
-        with contextlib.ExitStack() as entered:
-            entered.enter_context(torch.no_grad())
-            self._enter(entered)
-            self._contexts = entered.pop_all()
+        self.engine.lock.acquire()
+        self._had_grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            self._enter()
+        except BaseException:
+            self._unwind()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._leave()
-        self._contexts.__exit__(kind, error, traceback)
+        try:
+            if error is None:
+                self._leave()
+            else:
+                self._fail(error)
+        finally:
+            self._unwind()
 
-    def _enter(self, entered: contextlib.ExitStack) -> None:
+    def start(self) -> None:
+        """The arguments are good."""
+        self.started = True
+
+    def keep(self, outputs: object) -> None:
+        """Name the tensors that the caller gets, so that their memory is not reused too early."""
+
+    def _enter(self) -> None:
         wait_previous(self.previous_event)
 
     def _leave(self) -> None:
         if self.async_finish:
-            self.event = EventOverlap(EventHandle(), self.inputs)
+            # Arguments are checked later than this object is made; whatever is no tensor here was refused there.
+            self.event = EventOverlap(EventHandle(), tuple(tensors_in(self.inputs)))
 
-    def keep(self, *outputs: torch.Tensor | None) -> None:
-        """Name the tensors that the caller gets, so that their memory is not reused too early."""
+    def _fail(self, error: BaseException) -> None:
+        if not self.started:
+            if isinstance(error, Exception):
+                self.engine.refuse(self.operation, error)
+        elif not isinstance(error, DeepEPError):
+            self.engine.mesh.close(f"{self.operation} was interrupted on this rank")
+
+    def _unwind(self) -> None:
+        torch._C._set_grad_enabled(self._had_grad)
+        self.engine.lock.release()
 
 
-def _tensors(value: object) -> Iterator[torch.Tensor]:
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """All tensors in nested tuples and lists."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)

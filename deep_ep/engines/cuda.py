@@ -10,43 +10,46 @@ all ranks alike, since all ranks pass the same kinds of tensors.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import zlib
-from collections.abc import Iterator
+import collections
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from .. import fp8
 from .._native import _C, ELEMENT_TYPES
-from ..errors import BufferOverflow, CommTimeout, ConfigError, DeepEPError, PeerError
+from ..errors import ConfigError, DeepEPError
 from ..handles import Handle
+from .arena import Arena
+from .failures import failure, never_ran, overflowed, refusal
+from .outputs import SRC_IDX, Field, Landing, RowPlan, TensorMaker, aligned
 from .peer_memory import PeerMemory, PoolExhausted
+from .portable import DispatchResult
+from .watch import open_domain
 
-_SLAB_ALIGNMENT = 128
 _MAX_TOPK_LAYOUT_EXPERTS = 4096
 #: Ranks, experts of a rank and channels that the control block has room for (csrc/layout/control_block.h).
 MAX_PEERS, MAX_LOCAL_EXPERTS, MAX_CHANNELS = 32, 1024, 128
-_OPERATIONS = {1: "dispatch", 2: "combine"}
-_PHASES = {1: "announcement", 2: "end of the operation", 3: "layout"}
-_TIMEOUT, _SIGNATURE, _OVERFLOW, _EXPERT_RANGE = 1, 2, 3, 4
+_NO_PLACE = (torch.UntypedStorage(0), 0)
+_COUNTS_FAILED, _COUNTS_REFUSED = 0, 2
+_FORMATS: dict[fp8.ScaleFormat, int] = {"fp32": 0, "pow2": 1, "ue8m0": 2}
+#: Rows from each rank to each, which an uncached dispatch leaves on the first tensor of its handle.
+_COUNTS = "_deep_ep_send_counts"
+#: Buffers of this process by device: the SMs that waiting blocks may take are shared between them.
+_num_buffers: collections.Counter[torch.device] = collections.Counter()
 
 
-@dataclass(frozen=True)
-class DeviceDispatch:
-    """What a dispatch brought; tensors as `Buffer.dispatch` returns them."""
+@dataclass(slots=True)
+class DeviceRows:
+    """What a dispatch sends. ``scale_format``: the rows are quantised on the way; ``scales`` is None then."""
 
     rows: torch.Tensor
-    scales: torch.Tensor | None
-    topk_idx: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    num_recv_tokens_per_expert: list[int]
-    handle: Handle
+    scales: torch.Tensor | None = None
+    scale_format: fp8.ScaleFormat | None = None
 
 
 class CudaKernels:
-    """Launches the kernels of one buffer.
+    """Launches the kernels of one buffer. Between `begin` and `end`, by one thread at a time.
 
     Args:
         memory: the peers' memory; its control block belongs to this object.
@@ -58,20 +61,31 @@ class CudaKernels:
         self.device = memory.device
         self.rank, self.num_ranks = memory.rank, memory.num_ranks
         self.timeout_s = timeout_s
-        self._domain = _C.PeerDomain(memory.bases, memory.rank, timeout_s)
-        self._lock = threading.Lock()
+        self._index: int = memory.device.index
+        with torch.cuda.device(self.device):
+            _C.load_peer_kernels()
+            self._domain = open_domain(memory.bases, memory.rank, timeout_s)
+            self._order = _C.StreamOrder()
+            can_push = self.num_ranks > 1 and memory.num_sharing == 1 and _C.PushCopies.available()
+            self._push = _C.PushCopies(self._domain) if can_push else None
+        self._push_number = 0
+        self._num_sms: int = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._comm_stream: torch.cuda.Stream | None = None
-        self._last: torch.cuda.Stream | None = None
-        self._last_event = torch.cuda.Event()
-        self._signatures: dict[object, int] = {}
+        self._plans: dict[object, RowPlan] = {}
+        self._tensor = TensorMaker(self.device)
+        self._small, self._sources = Arena.ordinary(self.device), Arena.symmetric(memory)
         self._guess = 0
+        self._staging_refused = 0
         self._failure: DeepEPError | None = None
+        self._stream, self._capturing, self._launched = 0, False, False
         self.launches: dict[str, int] = {}
+        self._is_open = True
+        _num_buffers[self.device] += 1
 
     # What is served.
 
-    def serves(self, rows: torch.Tensor) -> bool:
-        """Whether the kernels move rows like these.
+    def serves(self, rows: object, use_fp8: bool = False) -> bool:
+        """Whether the kernels move rows like these; with ``use_fp8`` as FP8.
 
         Raises:
             ConfigError: rows on another GPU than the buffer's.
@@ -82,12 +96,12 @@ class CudaKernels:
             raise ConfigError(
                 f"x is on {rows.device} but this buffer is on {self.device}; move x, or construct a buffer there"
             )
-        row_bytes = rows.shape[1] * rows.element_size()
+        row_bytes = rows.shape[1] * (1 if use_fp8 else rows.element_size())
         return row_bytes > 0 and row_bytes % 16 == 0
 
     def serves_layout(self, topk_idx: torch.Tensor, num_experts: int) -> bool:
         """Whether the layout kernel counts these."""
-        return topk_idx.is_cuda and num_experts <= _MAX_TOPK_LAYOUT_EXPERTS
+        return topk_idx.device == self.device and num_experts <= _MAX_TOPK_LAYOUT_EXPERTS
 
     # Streams.
 
@@ -97,50 +111,52 @@ class CudaKernels:
             self._comm_stream = torch.cuda.Stream(device=self.device, priority=-1)
         return self._comm_stream
 
-    @contextlib.contextmanager
-    def ordered(self) -> Iterator[None]:
-        """Operations of a buffer run in the order of the calls, whatever streams they are called on."""
-        with contextlib.ExitStack() as device:
-            if torch.cuda.current_device() != self.device.index:  # the current device is that of the thread
-                device.enter_context(torch.cuda.device(self.device))
-            stream = torch.cuda.current_stream(self.device)
-            # A captured graph is ordered by whoever replays it.
-            capturing = torch.cuda.is_current_stream_capturing()
-            if self._last is not None and self._last != stream and not capturing:
-                stream.wait_event(self._last_event)
-            try:
-                yield
-            finally:
-                if not capturing:
-                    self._last_event.record(stream)
-                    self._last = stream
+    def begin(self) -> None:
+        """The next operation runs on the current stream, after the one before, whatever stream that was called on."""
+        self._stream = torch._C._cuda_getCurrentRawStream(self._index)
+        # The order of a captured graph is that of its replays.
+        self._capturing = self._order.begin(self._stream)
+        self._launched = False
+
+    def end(self) -> None:
+        """The operation is enqueued, or has failed."""
+        if not self._capturing:
+            self._order.end(self._stream)
+
+    def _blocks(self, num_sms: int) -> int:
+        """Blocks that may wait for peers at once: all buffers of all ranks on this GPU must find room side by side."""
+        most = self._num_sms // (self.memory.num_sharing * _num_buffers[self.device])
+        return max(min(num_sms, most), 1)
 
     # Operations.
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """int32 [R], int32 [E], bool [T, R]: tokens per rank and per expert, and where each goes."""
         num_tokens, num_topk = topk_idx.shape
-        counts = torch.empty(self.num_ranks + num_experts, dtype=torch.int32, device=topk_idx.device)
-        in_rank = torch.empty((num_tokens, self.num_ranks), dtype=torch.bool, device=topk_idx.device)
-        with self.ordered():
-            self._count("dispatch_layout")
-            self._domain.dispatch_layout(
-                topk_idx.data_ptr(),
-                topk_idx.dtype == torch.int64,
-                num_tokens,
-                num_topk,
-                num_experts,
-                counts.data_ptr(),
-                counts[self.num_ranks :].data_ptr(),
-                in_rank.data_ptr(),
-                self._stream(),
-            )
-        return counts[: self.num_ranks], counts[self.num_ranks :], in_rank
+        num_ranks = self.num_ranks
+        ranks_bytes, experts_bytes = aligned(4 * num_ranks), aligned(4 * num_experts)
+        storage, start = self._ints(ranks_bytes + experts_bytes + num_tokens * num_ranks)
+        per_rank = self._tensor(storage, start, torch.int32, (num_ranks,))
+        per_expert = self._tensor(storage, start + ranks_bytes, torch.int32, (num_experts,))
+        in_rank = self._tensor(storage, start + ranks_bytes + experts_bytes, torch.bool, (num_tokens, num_ranks))
+        self._count("dispatch_layout")
+        base = storage.data_ptr() + start
+        self._domain.dispatch_layout(
+            topk_idx.data_ptr(),
+            topk_idx.dtype == torch.int64,
+            num_tokens,
+            num_topk,
+            num_experts,
+            base,
+            base + ranks_bytes,
+            base + ranks_bytes + experts_bytes,
+            self._stream,
+        )
+        return per_rank, per_expert, in_rank
 
     def dispatch(
         self,
-        rows: torch.Tensor,
-        scales: torch.Tensor | None,
+        x: DeviceRows,
         in_rank: torch.Tensor,
         per_rank: torch.Tensor,
         per_expert: torch.Tensor,
@@ -148,34 +164,36 @@ class CudaKernels:
         num_worst_tokens: int,
         num_channels: int,
         num_sms: int,
-    ) -> DeviceDispatch:
+    ) -> DispatchResult:
         """Route anew: exchange counts, write the handle, place the rows."""
-        self._check_limits(per_expert.shape[0], num_channels)
-        num_tokens, num_experts, num_ranks = rows.shape[0], per_expert.shape[0], self.num_ranks
-        if not num_worst_tokens and torch.cuda.is_current_stream_capturing():
+        num_experts = per_expert.shape[0]
+        self._check_limits(num_experts, num_channels)
+        num_tokens, num_ranks = x.rows.shape[0], self.num_ranks
+        if not num_worst_tokens and self._capturing:
             raise ConfigError(
                 "dispatch: the number of received tokens is not known while a CUDA graph is captured; pass "
                 "num_worst_tokens, or a handle"
             )
-        out = self._try_outputs(rows, scales, topk, num_worst_tokens or self._guess)
-        if out is None:
+        plan = self._plan(x, topk)
+        landing = self._land(plan, num_worst_tokens or self._guess, with_src_idx=True)
+        if landing is None:
             if num_worst_tokens:
-                raise self._exhausted(rows, num_worst_tokens)
+                raise self._exhausted(plan, num_worst_tokens)
             # A capacity of 0 fits nowhere, so all ranks come to the point where they make room together.
-            out = _Outputs(self, rows, scales, topk, 0, with_src_idx=True)
+            landing = Landing(0, (0, 0, 0, 0, 0, 0), [])
+        sms = self._blocks(num_sms)
         if num_worst_tokens:
-            out.mark_unused()
-        matrices = self._ints(num_ranks * (num_ranks + 2 * num_channels))
-        prefix = matrices[: num_ranks * num_ranks].view(num_ranks, num_ranks)
-        sent, received = matrices[num_ranks * num_ranks :].view(2, num_ranks, num_channels).unbind(0)
-        send_head = self._ints(num_tokens * num_ranks).view(num_tokens, num_ranks)
-        kind = "worst-case dispatch" if num_worst_tokens else "dispatch"
-        signature = self._signature(kind, rows, scales, topk, num_experts, num_channels)
-        self._domain.expect_counts()
+            self._mark_unused(plan, landing, sms)
+        matrix, channels = 4 * num_ranks * num_ranks, 4 * num_ranks * num_channels
+        parts = (0, matrix, matrix + channels, aligned(matrix + 2 * channels))
+        storage, start = self._ints(parts[3] + 4 * num_tokens * num_ranks)
+        base = storage.data_ptr() + start
+        send_head = base + parts[3]
+        signature = plan.signature("worst-case dispatch" if num_worst_tokens else "dispatch", num_experts, num_channels)
         self._count("dispatch_notify")
         self._domain.dispatch_notify(
             signature,
-            out.offsets(),
+            landing.offsets,
             bool(num_worst_tokens),
             num_tokens,
             num_experts,
@@ -183,38 +201,50 @@ class CudaKernels:
             per_rank.data_ptr(),
             per_expert.data_ptr(),
             in_rank.data_ptr(),
-            prefix.data_ptr(),
-            sent.data_ptr(),
-            received.data_ptr(),
-            send_head.data_ptr(),
-            self._stream(),
+            base,
+            base + parts[1],
+            base + parts[2],
+            send_head,
+            self._stream,
         )
-        self._place(rows, scales, topk, num_experts, send_head, out, signature, num_sms, announce=False)
+        self._place(x, plan, topk, num_experts, send_head, landing, signature, sms, announce=False)
+        handle_tensors = (
+            self._tensor(storage, start, torch.int32, (num_ranks, num_ranks)),
+            self._tensor(storage, start + parts[1], torch.int32, (num_ranks, num_channels)),
+            self._tensor(storage, start + parts[2], torch.int32, (num_ranks, num_channels)),
+        )
+        head = self._tensor(storage, start + parts[3], torch.int32, (num_tokens, num_ranks))
         counts: list[int] = []
+        num_rows = num_worst_tokens
         if not num_worst_tokens:
-            if not self._domain.wait_counts():
-                self.raise_failure("dispatch")
-            num_recv, fits = self._domain.counts()
+            num_rows, fits = self._await_counts()
             counts = self._domain.expert_counts(num_experts)
+            sent = self._domain.send_counts()
+            setattr(handle_tensors[0], _COUNTS, sent)
             if not fits:
                 # Some rank guessed too little: all ranks know, make room together, and place the rows once more.
-                out = self._grown_outputs(rows, scales, topk, num_recv)
-                again = self._signature("dispatch again", rows, scales, topk, num_experts, num_channels)
-                self._place(rows, scales, topk, num_experts, send_head, out, again, num_sms, announce=True)
-            out.trim(num_recv)
+                landing = self._land_together(plan, num_rows, sent)
+                again = plan.signature("dispatch again", num_experts, num_channels)
+                self._place(x, plan, topk, num_experts, send_head, landing, again, sms, announce=True)
             # A little more than the last size, so that a size that varies does not place twice each time.
-            self._guess = num_recv + num_recv // 16 + 64
-        handle = (prefix, sent, received, out.src_idx, in_rank, send_head)
-        return DeviceDispatch(out.rows, out.scales, out.topk_idx, out.topk_weights, counts, handle)
+            self._guess = num_rows + num_rows // 16 + 64
+            self._reserve_staging(sent, x.rows.shape[1])
+        tensors, src = self._cut(plan, landing, num_rows, sms, with_src_idx=True)
+        src_idx = self._tensor(src[0], src[1], torch.int32, (num_rows,))
+        handle = (*handle_tensors, src_idx, in_rank, head)
+        scales, idx, weights = plan.named(tensors)
+        return DispatchResult(tensors[0], scales, idx, weights, counts, handle)
 
-    def dispatch_cached(
-        self, rows: torch.Tensor, scales: torch.Tensor | None, handle: Handle, num_sms: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def dispatch_cached(self, x: DeviceRows, handle: Handle, num_sms: int) -> DispatchResult:
         """Repeat the routing of a handle."""
-        out = _Outputs(self, rows, scales, None, handle[3].shape[0], with_src_idx=False)
-        signature = self._signature("cached dispatch", rows, scales, None, 0, 0)
-        self._place(rows, scales, None, 0, handle[5], out, signature, num_sms, announce=True)
-        return out.rows, out.scales
+        plan, num_rows, sms = self._plan(x, None), handle[3].shape[0], self._blocks(num_sms)
+        landing = self._land(plan, num_rows, with_src_idx=False)
+        if landing is None:
+            raise self._exhausted(plan, num_rows)
+        signature = plan.signature("cached dispatch")
+        self._place(x, plan, None, 0, handle[5].data_ptr(), landing, signature, sms, announce=True)
+        tensors, _ = self._cut(plan, landing, num_rows, sms, with_src_idx=False)
+        return DispatchResult(tensors[0], tensors[1] if len(tensors) > 1 else None)
 
     def combine(
         self,
@@ -227,17 +257,47 @@ class CudaKernels:
         """Sum what the ranks made of this rank's tokens."""
         send_head = handle[5]
         num_tokens, hidden = send_head.shape[0], rows.shape[1]
-        rows, weights = self._shared(rows), None if weights is None else self._shared(weights)
         num_topk = 0 if weights is None else weights.shape[1]
-        out = torch.empty((num_tokens, hidden), dtype=rows.dtype, device=rows.device)
+        sms = self._blocks(num_sms)
+        # All ranks count alike, whether or not they push: a peer may.
+        number, row_bytes = 0, hidden * rows.element_size()
+        sent: list[list[int]] | None = None
+        if not self._capturing and self.memory.staging_bytes:
+            self._push_number += 1
+            number = self._push_number
+        copies: list[tuple[int, int, int]] = []
+        kept: list[torch.UntypedStorage] = []
+        row_offset = self._offset(rows)
+        if row_offset < 0:
+            sent = self._pushable(getattr(handle[0], _COUNTS, None), rows) if number else None
+            if sent is None:
+                row_offset = self._to_heap(rows, copies, kept)
+                if row_offset < 0 and number:
+                    # A wait for the device, where the only other way is to give up.
+                    sent = self._pushable(_counts_of(handle[0]), rows)
+                if row_offset < 0 and sent is None:
+                    raise self._no_room("combine", "x", rows)
+        weight_offset = -1 if weights is None else self._offset(weights)
+        if weights is not None and weight_offset < 0:
+            weight_offset = self._to_heap(weights, copies, kept)
+            if weight_offset < 0:
+                weight_offset = self._behind_inbox(weights, num_tokens, row_bytes, copies)
+        out = torch.empty((num_tokens, hidden), dtype=rows.dtype, device=self.device)
         out_weights = None
         if weights is not None:
-            out_weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device=rows.device)
+            out_weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device=self.device)
+        if copies:
+            self._copy(copies, sms)
+        if sent is not None and self._push is not None:
+            self._push.mark_ready(self._stream)
         self._count("combine_rows")
         self._domain.combine_rows(
-            self._signature("combine", rows, None, None, num_topk, 0),
-            self._offset(rows),
-            -1 if weights is None else self._offset(weights),
+            self._plan(DeviceRows(rows), None).signature("combine", num_topk),
+            (rows.data_ptr(), row_offset),
+            (0 if weights is None else weights.data_ptr(), weight_offset),
+            number,
+            self.memory.bases[self.rank] + self.memory.staging_offset if number else 0,
+            handle[0].data_ptr(),
             num_tokens,
             send_head.data_ptr(),
             hidden,
@@ -246,10 +306,21 @@ class CudaKernels:
             out.data_ptr(),
             num_topk,
             0 if out_weights is None else out_weights.data_ptr(),
-            num_sms,
-            self._stream(),
+            sms,
+            self._stream,
         )
+        if sent is not None:
+            self._push_rows(number, rows, sent)
         return out, out_weights
+
+    def refuse(self, operation: str) -> None:
+        """Take part in an operation without moving anything, so that the peers learn of it and go on."""
+        if self._launched or self._capturing or self._failure is not None:
+            return
+        if operation == "combine" and self.memory.staging_bytes:
+            self._push_number += 1
+        self._count("dispatch_refuse")
+        self._domain.refuse(self._stream)
 
     # Failures.
 
@@ -262,171 +333,321 @@ class CudaKernels:
         if self._failure is not None or self._domain.error() is not None:
             self.raise_failure("check")
 
-    def check_overflow(self) -> None:
-        """Raise if rows of a worst-case dispatch were left out since the last call.
+    def check_results(self) -> None:
+        """Raise what made results of earlier calls incomplete without breaking the buffer.
 
         Apart from `check`, since ranks learn of it at different times, and must not fall out of step.
 
         Raises:
-            BufferOverflow: with the rank, its total and its capacity.
+            BufferOverflow: rows of a worst-case dispatch were left out; with the rank, its total and its capacity.
+            PeerError: a rank gave an operation up because of its own arguments.
         """
         overflow = self._domain.take_overflow()
         if overflow is not None:
-            rank, total, capacity = overflow
-            raise BufferOverflow(
-                f"dispatch: rank {rank} was to receive {total} tokens but num_worst_tokens is {capacity}; the rows "
-                f"beyond it were left out. Pass at least {total} (tokens of a rank x ranks is always enough)"
-            )
+            raise overflowed(*overflow)
+        refused = self._domain.take_refused()
+        if refused is not None:
+            raise refusal(refused)
 
     def raise_failure(self, operation: str) -> None:
-        """Raise the first failure that a kernel reported; the buffer is unusable from then on."""
+        """Raise the first failure that a kernel reported; the buffer is unusable until `recover`."""
         if self._failure is None:
             record = self._domain.error()
-            self._failure = self._described(record) if record is not None else PeerError(f"{operation} failed")
+            if record is not None:
+                self._failure = failure(record, self.rank, self.timeout_s)
+            else:
+                self._failure = never_ran(operation, 2 * self.timeout_s + 10)
+            if self._push is not None:
+                self._push.release()
         raise self._failure
 
-    def _described(self, record: tuple[int, int, int, int, int, int]) -> DeepEPError:
-        error, operation_code, phase_code, peer, expected, seen = record
-        operation = _OPERATIONS.get(operation_code, "an operation")
-        phase = _PHASES.get(phase_code, "a phase")
-        if error == _TIMEOUT:
-            return CommTimeout(
-                f"{operation}: rank {self.rank} waited {self.timeout_s:g} s on the device for rank {peer} ({phase}, "
-                f"expected epoch {expected}, seen {seen}). Is rank {peer} alive and calling {operation}? A larger "
-                "timeout_s (or DEEP_EP_TIMEOUT_S) gives slow ranks more time",
-                operation=operation,
-                phase=phase,
-                peer=peer,
-                waited_s=self.timeout_s,
-            )
-        if error == _SIGNATURE:
-            return PeerError(
-                f"{operation}: rank {peer} is in another operation than rank {self.rank}, or passes other shapes or "
-                f"dtypes (signatures {expected:#x} and {seen:#x}); all ranks must make the same calls in "
-                "the same order",
-                operation=operation,
-                peer=peer,
-            )
-        if error == _EXPERT_RANGE:
-            signed = seen - (1 << 64) if seen >> 63 else seen
-            return ConfigError(
-                f"get_dispatch_layout: topk_idx[{expected}, {peer}] is {signed}, outside the experts; mark a skipped "
-                "selection with -1"
-            )
-        return PeerError(f"{operation}: the device reported error {error}", operation=operation)
+    def recover(self) -> None:
+        """Start anew after a failure. Collective: returns when no rank has anything of earlier operations under way.
+
+        Raises:
+            CommTimeout, PeerError: a rank did not come.
+        """
+        if self._push is not None:
+            self._push.release()
+        torch.cuda.synchronize(self.device)
+        self.memory.rendezvous("recover: all ranks are idle", None)
+        self._domain.reset()
+        self._failure, self._push_number, self._guess = None, 0, 0
+        self.memory.rendezvous("recover: all ranks start anew", None)
 
     def close(self) -> None:
         """Free the record that kernels write. The memory is closed by its owner."""
-        self._last = None
+        if self._is_open:
+            self._is_open = False
+            _num_buffers[self.device] -= 1
+        if self._push is not None:
+            self._push.release()
+            self._push.close()
+        self._small.clear()
+        self._sources.clear()
+        self._order.close()
         self._domain.close()
 
-    # Internals.
+    # Memory.
 
-    def _try_outputs(
-        self,
-        rows: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk: tuple[torch.Tensor, torch.Tensor] | None,
-        capacity: int,
-    ) -> _Outputs | None:
-        try:
-            return _Outputs(self, rows, scales, topk, capacity, with_src_idx=True)
-        except PoolExhausted:
+    def _plan(self, x: DeviceRows, topk: tuple[torch.Tensor, torch.Tensor] | None) -> RowPlan:
+        rows, scales = x.rows, x.scales
+        of_scales = None if scales is None else (scales.dtype, scales.shape[1])
+        of_topk = None if topk is None else (topk[0].dtype, topk[0].shape[1])
+        key = (rows.dtype, rows.shape[1], of_scales, x.scale_format, of_topk)
+        plan = self._plans.get(key)
+        if plan is None:
+            hidden = rows.shape[1]
+            fields = [Field.of("rows", torch.float8_e4m3fn if x.scale_format else rows.dtype, hidden)]
+            if x.scale_format is not None:
+                fields.append(Field.of("scales", *fp8.scale_columns(hidden, x.scale_format)))
+            elif of_scales is not None:
+                fields.append(Field.of("scales", *of_scales))
+            if of_topk is not None:
+                fields += [Field.of("topk_idx", *of_topk), Field.of("topk_weights", torch.float32, of_topk[1])]
+            plan = self._plans[key] = RowPlan(fields, repr(key))
+        return plan
+
+    def _ints(self, num_bytes: int) -> tuple[torch.UntypedStorage, int]:
+        part = self._small.take(num_bytes, self._stream, self._capturing)
+        if part is None:  # ordinary memory: torch raises when there is none
+            raise PoolExhausted(f"no memory for {num_bytes} bytes of a handle")
+        return part
+
+    def _land(self, plan: RowPlan, capacity: int, *, with_src_idx: bool) -> Landing | None:
+        """Memory for ``capacity`` rows: of the pool, else staging memory, else None."""
+        starts, total = plan.starts(capacity)
+        if total == 0:
+            return Landing(0, (*(-1 if at < 0 else 0 for at in plan.offsets(0, starts)), 0, 0), starts)  # type: ignore[arg-type]
+        src: tuple[torch.UntypedStorage, int] | None = None
+        taken = self.memory.take(total, self._stream, self._capturing)
+        if taken is not None and with_src_idx:
+            src = self._sources.take(capacity * SRC_IDX.row_bytes, self._stream, self._capturing)
+            if src is None:
+                taken = None
+        if taken is not None:
+            block, base = taken
+            src_at = -1
+            if src is not None:
+                src_at = src[0].data_ptr() + src[1] - self.memory.bases[self.rank]
+            return Landing(capacity, (*plan.offsets(base, starts), src_at, capacity), starts, block, src)
+        if plan.num_bytes(capacity, with_src_idx=with_src_idx) > self.memory.staging_bytes:
             return None
+        if self._capturing:
+            self.memory.lease_staging()
+        base = self.memory.staging_offset
+        src_at = base + total if with_src_idx else -1
+        return Landing(capacity, (*plan.offsets(base, starts), src_at, capacity), starts, staged_at=base)
 
-    def _grown_outputs(
-        self,
-        rows: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk: tuple[torch.Tensor, torch.Tensor] | None,
-        num_recv: int,
-    ) -> _Outputs:
-        """Outputs of the exact size, in memory that all ranks grow if any of them has too little. Collective."""
-        out = self._try_outputs(rows, scales, topk, num_recv)
-        row_bytes = rows.shape[1] * rows.element_size() + 64
-        row_bytes += 0 if scales is None else 4 * scales.shape[1]
-        row_bytes += 0 if topk is None else 12 * topk[0].shape[1]
+    def _land_together(self, plan: RowPlan, num_rows: int, sent: Sequence[Sequence[int]]) -> Landing:
+        """Memory for the rows, which all ranks grow if any of them has too little. Collective.
+
+        Raises:
+            PoolExhausted: on all ranks; some rank has no memory for its rows, not even in staging.
+        """
+        landing = self._land(plan, num_rows, with_src_idx=True)
         # Twice what is missing now: a pool that is full once will be again.
-        wish = 0 if out is not None else 2 * num_recv * row_bytes + (32 << 20)
-        self.memory.grow(wish)
-        out = out or self._try_outputs(rows, scales, topk, num_recv)
-        if out is None:
-            raise self._exhausted(rows, num_recv)
-        return out
+        self.memory.grow(0 if landing else 2 * plan.num_bytes(num_rows, with_src_idx=True) + (32 << 20))
+        landing = landing or self._land(plan, num_rows, with_src_idx=True)
+        if any(self.memory.rendezvous("room for the rows of a dispatch", landing is None)):
+            most = max(sum(row[rank] for row in sent) for rank in range(self.num_ranks))
+            self.memory.reserve_staging(plan.num_bytes(most, with_src_idx=True))
+            landing = landing or self._land(plan, num_rows, with_src_idx=True)
+        if landing is None:
+            raise self._exhausted(plan, num_rows)
+        return landing
 
-    def _exhausted(self, rows: torch.Tensor, num_rows: int) -> PoolExhausted:
-        usage = self.memory.usage()
+    def _reserve_staging(self, sent: Sequence[Sequence[int]], hidden: int) -> None:
+        """Staging for rows like these, in bf16: those of a dispatch that finds the pool full, and those of an ordinary
+        tensor that copy engines bring to a combine. All ranks see the same counts. Collective when it grows."""
+        most = max(sum(row[rank] for row in sent) for rank in range(self.num_ranks))
+        pushed = max(sum(row) - row[rank] for rank, row in enumerate(sent))
+        wanted = max(most, pushed) * (2 * hidden + 256)
+        if wanted <= max(self.memory.staging_bytes, self._staging_refused):
+            return
+        try:
+            self.memory.reserve_staging(wanted + wanted // 8, within_limit=True)
+        except PoolExhausted:  # on all ranks alike; there are ways without staging
+            self._staging_refused = wanted
+
+    def _mark_unused(self, plan: RowPlan, landing: Landing, sms: int) -> None:
+        """Fill what tells rows apart from padding with -1, before peers write the rows that exist."""
+        base = self.memory.bases[self.rank]
+        fills = [(landing.offsets[4], SRC_IDX.row_bytes)]
+        fills += [(landing.offsets[2], field.row_bytes) for field in plan.fields if field.name == "topk_idx"]
+        if landing.capacity:
+            self._copy([(0, base + at, aligned(landing.capacity * row_bytes)) for at, row_bytes in fills], sms)
+
+    def _cut(
+        self, plan: RowPlan, landing: Landing, num_rows: int, sms: int, *, with_src_idx: bool
+    ) -> tuple[list[torch.Tensor], tuple[torch.UntypedStorage, int]]:
+        """The tensors of what has landed, in the plan's order, the first ``num_rows`` rows; and the place of src_idx.
+
+        What landed in staging memory is copied out of it.
+        """
+        block, starts, src = landing.block, landing.starts, landing.src
+        if landing.staged_at >= 0 and num_rows:
+            block, starts, src = self._unstage(plan, landing, num_rows, sms, with_src_idx)
+        if block is None:
+            tensors = [
+                torch.empty((num_rows, field.width), dtype=field.dtype, device=self.device) for field in plan.fields
+            ]
+        else:
+            make = self._tensor
+            tensors = [
+                make(block, start, field.dtype, (num_rows, field.width))
+                for field, start in zip(plan.fields, starts, strict=True)
+            ]
+        if src is None and with_src_idx:
+            src = self._ints(4)
+        return tensors, src or _NO_PLACE
+
+    def _unstage(
+        self, plan: RowPlan, landing: Landing, num_rows: int, sms: int, with_src_idx: bool
+    ) -> tuple[torch.UntypedStorage, list[int], tuple[torch.UntypedStorage, int]]:
+        starts, total = plan.starts(num_rows)
+        src_bytes = aligned(num_rows * SRC_IDX.row_bytes) if with_src_idx else 0
+        block = torch.UntypedStorage(total, device=self.device)
+        src = self._ints(max(src_bytes, 4))
+        staged, to = self.memory.bases[self.rank] + landing.staged_at, block.data_ptr()
+        copies = [
+            (staged + source, to + target, aligned(num_rows * field.row_bytes))
+            for field, source, target in zip(plan.fields, landing.starts, starts, strict=True)
+        ]
+        if with_src_idx:
+            copies.append((self.memory.bases[self.rank] + landing.offsets[4], src[0].data_ptr() + src[1], src_bytes))
+        self._copy(copies, sms)
+        return block, starts, src
+
+    def _exhausted(self, plan: RowPlan, num_rows: int) -> PoolExhausted:
         return PoolExhausted(
-            f"dispatch: no room in symmetric memory for {num_rows} rows of {rows.shape[1]} {rows.dtype}: {usage}. Drop "
-            "received tensors earlier, or construct the buffer with a larger num_nvl_bytes"
+            f"dispatch: no room in symmetric memory for {num_rows} rows of {plan.row_bytes} bytes: "
+            f"{self.memory.usage()}. Drop received tensors earlier, or construct the buffer with a larger "
+            "num_nvl_bytes or max_pool_bytes"
         )
+
+    def _no_room(self, operation: str, name: str, tensor: torch.Tensor) -> PoolExhausted:
+        return PoolExhausted(
+            f"{operation}: no room in symmetric memory for a copy of {name} {list(tensor.shape)} {tensor.dtype}: "
+            f"{self.memory.usage()}. Compute x into `buffer.empty_combine_input(handle, hidden)`, drop received "
+            "tensors earlier, or construct the buffer with a larger num_nvl_bytes or max_pool_bytes"
+        )
+
+    # Launches.
+
+    def _await_counts(self) -> tuple[int, bool]:
+        outcome = self._domain.wait_counts()
+        if outcome == _COUNTS_FAILED:
+            self.raise_failure("dispatch")
+        if outcome == _COUNTS_REFUSED:
+            raise refusal(self._domain.take_refused() or 0)
+        num_recv, fits = self._domain.counts()
+        return num_recv, fits
 
     def _place(
         self,
-        rows: torch.Tensor,
-        scales: torch.Tensor | None,
+        x: DeviceRows,
+        plan: RowPlan,
         topk: tuple[torch.Tensor, torch.Tensor] | None,
         num_experts: int,
-        send_head: torch.Tensor,
-        out: _Outputs,
+        send_head: int,
+        landing: Landing,
         signature: int,
-        num_sms: int,
+        sms: int,
         *,
         announce: bool,
     ) -> None:
-        self._count("dispatch_rows")
+        rows, scales = x.rows, x.scales
         idx, weights = topk if topk is not None else (None, None)
+        quantize = x.scale_format is not None
+        self._count("dispatch_rows_fp8" if quantize else "dispatch_rows")
         self._domain.dispatch_rows(
             signature,
             announce,
-            out.offsets(),
+            landing.offsets,
             rows.shape[0],
-            send_head.data_ptr(),
+            send_head,
             rows.data_ptr(),
-            rows.shape[1] * rows.element_size(),
+            plan.fields[0].row_bytes,
             0 if scales is None else scales.data_ptr(),
-            0 if scales is None else scales.shape[1],
-            (0, 0) if scales is None else tuple(scales.stride()),
+            plan.fields[1].width if quantize or scales is not None else 0,
+            (0, 0) if scales is None else scales.stride(),
             0 if idx is None else idx.data_ptr(),
             idx is not None and idx.dtype == torch.int64,
             0 if weights is None else weights.data_ptr(),
             0 if idx is None else idx.shape[1],
             num_experts,
-            max(num_sms, 2),
-            self._stream(),
+            ELEMENT_TYPES[rows.dtype] if quantize else -1,
+            0 if x.scale_format is None else _FORMATS[x.scale_format],
+            sms,
+            self._stream,
         )
 
-    def _shared(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor itself where the peers can read it, else a copy in their reach."""
-        if self.memory.offset_of(tensor) is not None and tensor.data_ptr() % 16 == 0:
-            return tensor
-        copy = self.memory.empty(tensor.shape, tensor.dtype)
-        copy.copy_(tensor)
-        return copy
+    def _copy(self, copies: list[tuple[int, int, int]], sms: int) -> None:
+        """(from, to, bytes) within this rank's memory, on the SMs of the call; from 0: fill with -1."""
+        self._count("dispatch_combine_copy")
+        _C.copy_segments(copies, sms, self._stream)
+
+    def _to_heap(
+        self, tensor: torch.Tensor, copies: list[tuple[int, int, int]], kept: list[torch.UntypedStorage]
+    ) -> int:
+        """A place in the pool for a copy of a tensor that peers read; -1 if it is full."""
+        num_bytes = tensor.numel() * tensor.element_size()
+        if num_bytes == 0:
+            return 0
+        taken = self.memory.take(num_bytes, self._stream, self._capturing)
+        if taken is None:
+            return -1
+        # Whole vectors: storage ends are further apart than that.
+        copies.append((tensor.data_ptr(), taken[0].data_ptr(), -(-num_bytes // 16) * 16))
+        kept.append(taken[0])
+        return taken[1]
+
+    def _behind_inbox(
+        self, weights: torch.Tensor, num_tokens: int, row_bytes: int, copies: list[tuple[int, int, int]]
+    ) -> int:
+        """A place for weights at the end of the staging memory, whose front may take rows of this combine."""
+        num_bytes = aligned(weights.numel() * weights.element_size())
+        at = (self.memory.staging_bytes - num_bytes) // 16 * 16
+        if at < num_tokens * (self.num_ranks - 1) * row_bytes:
+            raise self._no_room("combine", "topk_weights", weights)
+        if self._capturing:
+            self.memory.lease_staging()
+        at += self.memory.staging_offset
+        copies.append((weights.data_ptr(), self.memory.bases[self.rank] + at, num_bytes // 16 * 16))
+        return at
 
     def _offset(self, tensor: torch.Tensor) -> int:
+        """In the heap, where peers can read it; -1 elsewhere."""
+        if tensor.numel() == 0:
+            return 0
         offset = self.memory.offset_of(tensor)
-        return 0 if offset is None else offset
+        return -1 if offset is None else offset
 
-    def _ints(self, count: int) -> torch.Tensor:
-        return torch.empty(count, dtype=torch.int32, device=self.device)
+    def _pushable(self, sent: list[list[int]] | None, rows: torch.Tensor) -> list[list[int]] | None:
+        """The counts, if copy engines can bring ``rows`` home: the host has to know them for that."""
+        if self._push is None or sent is None or len(sent) != self.num_ranks:
+            return None
+        most = max(sum(row) - row[rank] for rank, row in enumerate(sent))
+        fits = most * rows.shape[1] * rows.element_size() <= self.memory.staging_bytes
+        # Rows beyond those that came are the padding of a worst-case dispatch.
+        return sent if fits and sum(row[self.rank] for row in sent) <= rows.shape[0] else None
 
-    def _stream(self) -> int:
-        return int(torch.cuda.current_stream(self.device).cuda_stream)
+    def _push_rows(self, number: int, rows: torch.Tensor, sent: list[list[int]]) -> None:
+        row_bytes = rows.shape[1] * rows.element_size()
+        offsets = self.memory.staging_offsets
+        inboxes = []
+        for home in range(self.num_ranks):
+            before = sum(count for source, count in enumerate(sent[home][: self.rank]) if source != home)
+            inboxes.append(self.memory.bases[home] + offsets[home] + before * row_bytes)
+        if self._push is not None:
+            self._count("push")
+            received = [row[self.rank] for row in sent]
+            self._push.push(number, rows.data_ptr(), row_bytes, received, inboxes)
 
     def _count(self, kernel: str) -> None:
+        self._launched = True
         self.launches[kernel] = self.launches.get(kernel, 0) + 1
-
-    def _signature(self, operation: str, rows: torch.Tensor, scales: Any, topk: Any, *numbers: int) -> int:
-        """A number that differs wherever ranks disagree about an operation."""
-        of_scales = None if scales is None else (scales.dtype, scales.shape[1])
-        of_topk = None if topk is None else (topk[0].dtype, topk[0].shape[1])
-        key = (operation, rows.dtype, rows.shape[1], of_scales, of_topk, *numbers)
-        known = self._signatures.get(key)
-        if known is None:
-            text = repr(key).encode()
-            known = self._signatures[key] = zlib.crc32(text) << 16 | zlib.adler32(text) & 0xFFFF
-        return known
 
     def _check_limits(self, num_experts: int, num_channels: int) -> None:
         local = -(-num_experts // self.num_ranks)
@@ -437,78 +658,7 @@ class CudaKernels:
             )
 
 
-class _Outputs:
-    """The tensors that peers fill: the rows, and one slab for everything small."""
-
-    def __init__(
-        self,
-        kernels: CudaKernels,
-        rows: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk: tuple[torch.Tensor, torch.Tensor] | None,
-        capacity: int,
-        *,
-        with_src_idx: bool,
-    ) -> None:
-        self._memory = kernels.memory
-        self.capacity = capacity
-        self._offset_by_name: dict[str, int] = {}
-        wanted = {"rows": (rows.shape[1], rows.dtype)}
-        if scales is not None:
-            wanted["scales"] = (scales.shape[1], scales.dtype)
-        if topk is not None:
-            wanted["topk_idx"] = (topk[0].shape[1], topk[0].dtype)
-            wanted["topk_weights"] = (topk[0].shape[1], torch.float32)
-        if with_src_idx:
-            wanted["src_idx"] = (1, torch.int32)
-        # What lives as long as the handle is kept apart from the rows, which callers drop early.
-        first = 1 if with_src_idx else len(wanted)
-        names = list(wanted)
-        views = self._allocate({name: wanted[name] for name in names[:first]})
-        views.update(self._allocate({name: wanted[name] for name in names[first:]}))
-        self.rows = views["rows"]
-        self.scales = views.get("scales")
-        self.topk_idx = views.get("topk_idx")
-        self.topk_weights = views.get("topk_weights")
-        src_idx = views.get("src_idx")
-        self.src_idx = src_idx.view(-1) if src_idx is not None else kernels._ints(0)
-
-    def _allocate(self, wanted: dict[str, tuple[int, torch.dtype]]) -> dict[str, torch.Tensor]:
-        """Tensors [capacity, width] in one block of the pool."""
-        starts, total = [], 0
-        for width, dtype in wanted.values():
-            starts.append(total)
-            size = self.capacity * width * dtype.itemsize
-            total += -(-size // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
-        block = self._memory.empty((total,), torch.uint8).untyped_storage() if total else None
-        base = self._memory.heap.offset_of(block.data_ptr()) if block is not None else -1
-        tensors = {}
-        for (name, (width, dtype)), start in zip(wanted.items(), starts, strict=True):
-            tensor = torch.empty(0, dtype=dtype, device=self._memory.device)
-            if block is not None:
-                # Not a view: callers may give the tensor other storage, or ask it for gradients.
-                tensor.set_(block, start // dtype.itemsize, (self.capacity, width), (width, 1))
-            else:
-                tensor = tensor.view(0, width)
-            tensors[name] = tensor
-            self._offset_by_name[name] = base + start if base >= 0 else 0
-        return tensors
-
-    def offsets(self) -> tuple[int, int, int, int, int, int]:
-        """Where the peers write: offsets into this rank's heap, -1 for an absent tensor, and the capacity."""
-        names = ("rows", "scales", "topk_idx", "topk_weights", "src_idx")
-        offsets = [self._offset_by_name.get(name, -1) for name in names]
-        return offsets[0], offsets[1], offsets[2], offsets[3], offsets[4], self.capacity
-
-    def mark_unused(self) -> None:
-        """Fill what tells rows apart from padding, before peers write the rows that exist."""
-        for tensor in (self.topk_idx, self.src_idx):
-            if tensor is not None:
-                tensor.fill_(-1)
-
-    def trim(self, num_rows: int) -> None:
-        """Give the tensors their exact number of rows."""
-        for tensor in (self.rows, self.scales, self.topk_idx, self.topk_weights, self.src_idx):
-            if tensor is not None and tensor.shape[0] != num_rows:
-                shape = (num_rows, *tensor.shape[1:])
-                tensor.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, tensor.stride())
+def _counts_of(rank_prefix: torch.Tensor) -> list[list[int]]:
+    """Rows from each rank to each, of a handle's first tensor. Waits for the device."""
+    counts: list[list[int]] = rank_prefix.diff(dim=0, prepend=torch.zeros_like(rank_prefix[:1])).tolist()
+    return counts

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from ..event import EventHandle, EventOverlap, wait_previous
 from ..handles import Handle, check_intranode_handle
 from ..layout import DispatchLayout
 from ..topology import Topology
-from .calls import Call
-from .cuda import MAX_PEERS, CudaKernels
+from .calls import Call, tensors_in
+from .cuda import MAX_PEERS, CudaKernels, DeviceRows
 from .mesh import Members
 from .peer_memory import PeerMemory, PoolExhausted
 from .portable import DispatchRequest, DispatchResult, PortableEngine
@@ -30,7 +30,15 @@ ENGINES = ("auto", "cuda", "portable")
 MIN_POOL_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
+_dtype_names: dict[torch.dtype, str] = {}
+
+
+def _named(dtype: torch.dtype) -> str:
+    _dtype_names[dtype] = str(dtype).removeprefix("torch.")
+    return _dtype_names[dtype]
+
+
+@dataclass(slots=True)
 class DeviceRoute:
     """A handle whose values stay on the device; its shapes say all that the host needs."""
 
@@ -42,52 +50,63 @@ class DeviceRoute:
 class DeviceCall(Call):
     """An operation of kernels: on the current stream, or beside it on the communication stream."""
 
-    def __init__(
-        self,
-        kernels: CudaKernels,
-        inputs: object,
-        previous_event: EventOverlap | EventHandle | None,
-        async_finish: bool,
-    ) -> None:
-        super().__init__(inputs, previous_event, async_finish)
-        self._kernels = kernels
-        has_event = isinstance(previous_event, EventHandle) or (
-            isinstance(previous_event, EventOverlap) and previous_event.event is not None
-        )
-        self._aside = async_finish or has_event
-        self._has_event = has_event
-        self._outputs: list[torch.Tensor] = []
+    engine: CudaEngine
+    on_device = True
+    _begun = False
+    _aside = False
+    _outputs: object = None
 
-    def _enter(self, entered: contextlib.ExitStack) -> None:
-        self._current = torch.cuda.current_stream(self._kernels.device)
-        if self._aside:
-            comm = self._kernels.comm_stream()
-            if not self._has_event:
+    def _enter(self) -> None:
+        kernels, previous = self.engine.kernels, self.previous_event
+        event = previous.event if isinstance(previous, EventOverlap) else previous
+        self._contexts: list[AbstractContextManager[Any]] = []
+        if torch.cuda.current_device() != kernels.device.index:  # the current device is that of the thread
+            self._push(torch.cuda.device(kernels.device))
+        if self.async_finish or event is not None:
+            self._aside = True
+            self._current = torch.cuda.current_stream(kernels.device)
+            comm = kernels.comm_stream()
+            if event is None:
                 comm.wait_stream(self._current)
-            entered.enter_context(torch.cuda.stream(comm))
-            wait_previous(self.previous_event)
-            entered.callback(self._rejoin)
-        else:
-            wait_previous(self.previous_event)
-        entered.enter_context(self._kernels.ordered())
+            self._push(torch.cuda.stream(comm))
+        if previous is not None:
+            wait_previous(previous)
+        kernels.begin()
+        self._begun = True
+
+    def _push(self, context: AbstractContextManager[Any]) -> None:
+        context.__enter__()
+        self._contexts.append(context)
 
     def _leave(self) -> None:
         super()._leave()
         if self._aside:
-            comm = self._kernels.comm_stream()
-            for tensor in self.inputs:
+            comm = self.engine.kernels.comm_stream()
+            for tensor in tensors_in(self.inputs):
                 if tensor.is_cuda:
                     tensor.record_stream(comm)
-            for tensor in self._outputs:
+            for tensor in tensors_in(self._outputs):
                 tensor.record_stream(self._current)
 
-    def _rejoin(self) -> None:
-        """Without an event to wait for, what the caller enqueues next comes after the operation, failed or not."""
-        if not self.async_finish:
-            self._current.wait_stream(self._kernels.comm_stream())
+    def _fail(self, error: BaseException) -> None:
+        # Whatever came before the first launch has moved nothing; the peers are, or will be, in this operation.
+        if self._begun and isinstance(error, Exception):
+            self.engine.kernels.refuse(self.operation)
 
-    def keep(self, *outputs: torch.Tensor | None) -> None:
-        self._outputs += [tensor for tensor in outputs if tensor is not None and tensor.is_cuda]
+    def _unwind(self) -> None:
+        try:
+            if self._begun:
+                self.engine.kernels.end()
+            while self._contexts:
+                self._contexts.pop().__exit__(None, None, None)
+            if self._aside and not self.async_finish:
+                # Without an event to wait for, what the caller enqueues next comes after the operation, failed or not.
+                self._current.wait_stream(self.engine.kernels.comm_stream())
+        finally:
+            super()._unwind()
+
+    def keep(self, outputs: object) -> None:
+        self._outputs = outputs
 
 
 class CudaEngine(PortableEngine):
@@ -98,81 +117,106 @@ class CudaEngine(PortableEngine):
     def __init__(self, portable: dict[str, Any], memory: PeerMemory, timeout_s: float) -> None:
         super().__init__(**portable)
         self.memory = memory
+        self._prefix_shape = (memory.num_ranks, memory.num_ranks)
+        self.ranks_per_gpu = memory.max_sharing  # the same on all ranks, since default budgets depend on it
         self.kernels = CudaKernels(memory, timeout_s)
 
-    def serves(self, tensor: torch.Tensor) -> bool:
-        return self.kernels.serves(tensor)
+    def serves(self, x: object, use_fp8: bool = False) -> bool:
+        return self.kernels.serves(x, use_fp8)
 
     def get_comm_stream(self) -> Any:
         return self.kernels.comm_stream()
 
     def call(
         self,
-        rows: torch.Tensor,
+        operation: str,
+        x: object,
+        use_fp8: bool,
         inputs: object,
         previous_event: EventOverlap | EventHandle | None,
         async_finish: bool,
     ) -> Call:
-        if not self.serves(rows):
-            return super().call(rows, inputs, previous_event, async_finish)
+        if not self.serves(x, use_fp8):
+            return super().call(operation, x, use_fp8, inputs, previous_event, async_finish)
         self.kernels.check()
-        return DeviceCall(self.kernels, inputs, previous_event, async_finish)
+        return DeviceCall(self, operation, inputs, previous_event, async_finish)
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
-        if not self.kernels.serves_layout(topk_idx, num_experts):
+        kernels = self.kernels
+        if not kernels.serves_layout(topk_idx, num_experts):
             return super().layout(topk_idx, num_experts)
-        self.kernels.check()
-        per_rank, per_expert, in_rank = self.kernels.layout(topk_idx, num_experts)
+        if torch.cuda.current_device() != kernels.device.index:  # the current device is that of the thread
+            with torch.cuda.device(kernels.device):
+                return self.layout(topk_idx, num_experts)
+        kernels.check()
+        kernels.begin()
+        try:
+            per_rank, per_expert, in_rank = kernels.layout(topk_idx, num_experts)
+        finally:
+            kernels.end()
         return DispatchLayout(per_rank, None, per_expert, in_rank)
 
     def route(self, handle: Handle, operation: str, rows: torch.Tensor) -> Any:
-        if not self.serves(rows):
+        if not self.serves(rows) and not self.serves(rows, use_fp8=True):
             return super().route(handle, operation, rows)
-        fields = check_intranode_handle(handle, self.topology, operation)
-        if fields["send_head"].device != rows.device:
+        if not self._is_plain(handle, rows.device):
+            fields = check_intranode_handle(handle, self.topology, operation)
             raise ConfigError(
                 f"{operation}: the handle is on {fields['send_head'].device} but x is on {rows.device}; pass the "
                 "handle that a dispatch of tensors on that device returned"
             )
-        return DeviceRoute(tuple(handle), fields["send_head"].shape[0], fields["recv_src_idx"].shape[0])
+        return DeviceRoute(handle, handle[5].shape[0], handle[3].shape[0])
+
+    def _is_plain(self, handle: Handle, device: torch.device) -> bool:
+        """Whether a handle is as dispatch returns it, on this device."""
+        if not isinstance(handle, (tuple, list)) or len(handle) != 6:
+            return False
+        prefix, _, _, src_idx, in_rank, head = handle
+        try:
+            return (
+                head.device == device == prefix.device
+                and head.dtype is torch.int32
+                and head.shape == in_rank.shape
+                and head.shape[1] == self.topology.num_ranks
+                and prefix.shape == self._prefix_shape
+                and prefix.dtype is torch.int32
+                and src_idx.dim() == 1
+                and head.is_contiguous()
+                and prefix.is_contiguous()
+            )
+        except (AttributeError, IndexError):
+            return False
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
-        if not self.serves(request.rows):
+        if not request.on_device:
             return super().dispatch(request)
-        rows, scales = request.rows, request.scales
+        rows = request.rows
         if rows.data_ptr() % 16 != 0:
             rows = rows.clone()
+        x = DeviceRows(rows, request.scales, request.scale_format)
+        if request.route is not None:
+            result = self.kernels.dispatch_cached(x, request.route.handle, request.num_sms)
+        else:
+            topk = None
+            if request.topk_idx is not None and request.topk_weights is not None:
+                topk = (request.topk_idx, request.topk_weights)
+            if request.num_tokens_per_rank is None or request.num_tokens_per_expert is None:
+                raise ConfigError("dispatch: num_tokens_per_rank and num_tokens_per_expert are needed without a handle")
+            result = self.kernels.dispatch(
+                x,
+                request.in_rank,
+                request.num_tokens_per_rank,
+                request.num_tokens_per_expert,
+                topk,
+                request.num_worst_tokens,
+                request.num_channels,
+                request.num_sms,
+            )
+        rows, scales = result.rows, result.scales
+        name = _dtype_names.get(rows.dtype) or _named(rows.dtype)
         row_bytes = rows.shape[1] * rows.element_size() + (0 if scales is None else 4 * scales.shape[1])
-        dtype = str(rows.dtype).removeprefix("torch.")
-        if isinstance(request.route, DeviceRoute):
-            received = self.kernels.dispatch_cached(rows, scales, request.route.handle, request.num_sms)
-            self.traffic.add_dispatch(received[0].shape[0], row_bytes, dtype)
-            return DispatchResult(*received)
-        topk = None
-        if request.topk_idx is not None and request.topk_weights is not None:
-            topk = (request.topk_idx, request.topk_weights)
-        if request.num_tokens_per_rank is None or request.num_tokens_per_expert is None:
-            raise ConfigError("dispatch: num_tokens_per_rank and num_tokens_per_expert are needed without a handle")
-        result = self.kernels.dispatch(
-            rows,
-            scales,
-            request.in_rank,
-            request.num_tokens_per_rank,
-            request.num_tokens_per_expert,
-            topk,
-            request.num_worst_tokens,
-            request.num_channels,
-            request.num_sms,
-        )
-        self.traffic.add_dispatch(result.rows.shape[0], row_bytes, dtype)
-        return DispatchResult(
-            result.rows,
-            result.scales,
-            result.topk_idx,
-            result.topk_weights,
-            result.num_recv_tokens_per_expert,
-            result.handle,
-        )
+        self.traffic.add_dispatch(rows.shape[0], row_bytes, name)
+        return result
 
     def combine(
         self,
@@ -184,17 +228,30 @@ class CudaEngine(PortableEngine):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not isinstance(route, DeviceRoute):
             return super().combine(rows, topk_weights, bias, route, num_sms)
+        rows = rows if rows.data_ptr() % 16 == 0 else rows.clone()
+        if topk_weights is not None and topk_weights.data_ptr() % 16 != 0:
+            topk_weights = topk_weights.clone()
         aligned = [item if item.data_ptr() % 16 == 0 else item.clone() for item in bias]
         self.traffic.add_combine(rows.shape[0], rows.shape[1] * rows.element_size())
         return self.kernels.combine(rows, topk_weights, aligned, route.handle, num_sms)
 
     def empty_combine_input(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+        self.kernels.check()  # after a failure, a late peer may still write to blocks that came back
         tensor = self.memory.try_empty((num_rows, hidden), dtype)
         return super().empty_combine_input(num_rows, hidden, dtype) if tensor is None else tensor
 
     def check(self) -> None:
         self.kernels.check()
-        self.kernels.check_overflow()
+        self.kernels.check_results()
+
+    def memory_usage(self) -> dict[str, int]:
+        return self.memory.usage()
+
+    def recover(self, members: Members) -> None:
+        with self.lock:
+            super().recover(members)
+            self.memory.recover(members)
+            self.kernels.recover()
 
     def destroy(self) -> None:
         with self.lock:
@@ -231,8 +288,17 @@ def why_not_cuda(topology: Topology, device: torch.device) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class PoolRequest:
+    """Symmetric memory that a rank asks for: bytes at first, and at most; None for the environment's limit."""
+
+    num_bytes: int
+    max_bytes: int | None = None
+    use_fabric: bool = False
+
+
 def open_peer_memory(
-    members: Members, topology: Topology, device: torch.device, pool_bytes: int, use_fabric: bool, timeout_s: float
+    members: Members, topology: Topology, device: torch.device, pool: PoolRequest, timeout_s: float
 ) -> PeerMemory | None:
     """The peers' memory if all ranks can use the kernels, else None on all of them. Collective.
 
@@ -240,7 +306,7 @@ def open_peer_memory(
         TopologyError: `DEEP_EP_ENGINE=cuda` asks for kernels that the ranks cannot use.
         ConfigError: ranks wish for different engines.
     """
-    reports = members.gather((wished_engine(), why_not_cuda(topology, device), pool_bytes))
+    reports = members.gather((wished_engine(), why_not_cuda(topology, device), pool.num_bytes))
     wishes = [wish for wish, _, _ in reports]
     if len(set(wishes)) != 1:
         raise ConfigError(f"DEEP_EP_ENGINE by rank is {wishes}; set it to the same value on all ranks")
@@ -252,9 +318,17 @@ def open_peer_memory(
         rank, reason = next(iter(reasons.items()))
         failure = f"ranks {sorted(reasons)} cannot use the kernels; rank {rank} says: {reason}"
     else:
-        size = max(pool for _, _, pool in reports)
+        size = max(wanted for _, _, wanted in reports)
         try:
-            return PeerMemory(members, device, _C.CONTROL_BLOCK_BYTES, size, use_fabric=use_fabric, timeout_s=timeout_s)
+            return PeerMemory(
+                members,
+                device,
+                _C.CONTROL_BLOCK_BYTES,
+                size,
+                use_fabric=pool.use_fabric,
+                max_pool_bytes=pool.max_bytes,
+                timeout_s=timeout_s,
+            )
         except (TopologyError, PoolExhausted) as error:  # the same on all ranks
             failure = str(error)
     if wishes[0] == "cuda":

@@ -220,6 +220,34 @@ class Mesh:
         self._gloo = None
         self._store = None
 
+    def recover(self, members: Members) -> None:
+        """Replace connections that a failed wait broke (collective over ``members``).
+
+        Nothing happens where no rank's are broken. Messages of operations that were given up are dropped with the old
+        connections, and all ranks count operations alike again.
+
+        Raises:
+            BufferDestroyed: some rank closed its mesh; on all ranks.
+            TopologyError: some ranks could not connect; on all ranks, and the mesh stays broken.
+        """
+        is_destroyed = isinstance(self._broken, BufferDestroyed)
+        if self._broken is not None:
+            self._gloo = self._store = None  # a rank that is still in the operation learns at once
+        states = members.gather((is_destroyed, self._broken is not None, self._operation_number))
+        destroyed = [rank for rank, state in enumerate(states) if state[0]]
+        if destroyed:
+            raise BufferDestroyed(f"recover: the buffer of ranks {destroyed} was destroyed; construct a new one")
+        # Ranks that differ in what they began would give one operation different tags.
+        if not any(broken for _, broken, _ in states) and len({number for *_, number in states}) == 1:
+            return
+        self._broken = self._broken or PeerError("another rank's connections are broken", operation="recover")
+        self._abandoned.clear()
+        self._gloo = self._store = None
+        if self.size > 1:
+            self._connect(members)
+        self._operation_number = 0
+        self._broken = None
+
     def begin(self, operation: str) -> None:
         """Start the next operation: a new range of tags and a new deadline.
 

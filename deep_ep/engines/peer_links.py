@@ -20,7 +20,13 @@ _HELLO = struct.Struct("=i16s")  # the caller's rank and the listener's secret
 
 
 class Links(Protocol):
-    """Small messages between all ranks, in the order in which all ranks call."""
+    """Small messages between all ranks, in the order in which all ranks call.
+
+    Attributes:
+        closed: whether it was closed, by `close` or by an exchange that failed.
+    """
+
+    closed: bool
 
     def exchange(self, what: str, payload: Any, fds: Sequence[int] = ()) -> list[tuple[Any, list[int]]]: ...
 
@@ -29,6 +35,8 @@ class Links(Protocol):
 
 class GroupLinks:
     """Over the object gather of the caller's group: for ranks on several hosts, without file descriptors."""
+
+    closed = False
 
     def __init__(self, members: Members) -> None:
         self._members = members
@@ -60,6 +68,7 @@ class SocketLinks:
     def __init__(self, members: Members, timeout_s: float) -> None:
         self.rank, self.size = members.rank, members.size
         self.timeout_s = timeout_s
+        self.closed = False
         self._sockets: dict[int, socket.socket] = {}
         if self.size == 1:
             return
@@ -167,6 +176,7 @@ class SocketLinks:
 
     def close(self) -> None:
         """Close the connections. Needs no peer; peers that wait for this rank fail at once."""
+        self.closed = True
         for link in self._sockets.values():
             link.close()
 

@@ -2,8 +2,7 @@
 
 Every rank has one address range. It starts with a control block and goes on with the pool; chunks are appended to it
 at the same offset on every rank and never move, so that an offset and a rank name a place. Tensors come out of the
-pool through torch's own caching allocator (a `torch.cuda.MemPool` over two functions of the extension), so that
-`record_stream`, stream order, graph capture and `set_` mean what they always mean.
+pool through torch's own caching allocator (`pool.py`).
 
 A chunk travels between processes as a file descriptor (cuMem), as a fabric handle between hosts of one NVLink fabric,
 or, where neither can be exported, as a CUDA IPC handle of one block that cannot grow. No rank's torch memory is ever
@@ -12,172 +11,93 @@ shared, so the settings of torch's allocator do not matter.
 
 from __future__ import annotations
 
-import atexit
-import collections
-import ctypes
-import functools
 import logging
 import math
-import threading
-import weakref
+import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .._native import _C
-from ..errors import BufferDestroyed, ConfigError, DeepEPError, TopologyError
-from ..topology import host_identity
+from ..errors import BufferDestroyed, ConfigError, DeepEPError, PeerError, TopologyError
 from .mesh import Members, resolve_timeout
 from .peer_links import GroupLinks, Links, SocketLinks, close_fds
+from .peer_reach import check_reports, report_device
+from .pool import BlockPool, current_stream_of, free_abandoned, is_capturing
 
 logger = logging.getLogger("deep_ep")
 
 #: HandleKind of csrc/runtime/symmetric_heap.h.
 HANDLE_KINDS = {"fd": 0, "fabric": 1, "ipc": 2}
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
-_SMALL_BYTES = 1 << 20  # torch's allocator keeps blocks up to this size apart
+_CHUNK_ALIGNMENT = 2 << 20
 
 
 class PoolExhausted(DeepEPError, MemoryError):
     """The pool of symmetric memory, or the device, has no room for what was asked."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Which ranks can map whose memory
-
-
-@dataclass(frozen=True)
-class DeviceReport:
-    """What a rank tells the others about its GPU.
-
-    Attributes:
-        uuid: 16 bytes, the same in every process whatever CUDA_VISIBLE_DEVICES says.
-        pci_bus: e.g. ``"0000:1b:00.0"``, for messages.
-        host: `deep_ep.topology.host_identity`.
-        reach: for the GPUs that this process sees, by UUID, whether its own GPU can map their memory.
-        error: why there is no report, else empty.
-    """
-
-    uuid: bytes
-    pci_bus: str
-    host: str
-    reach: dict[bytes, bool]
-    error: str = ""
-
-
-def report_device(device: torch.device) -> DeviceReport:
-    """The report of this process's rank. Never raises: the reason travels to the other ranks instead."""
-    if not _C.has_cuda:
-        return DeviceReport(b"", "", host_identity(), {}, "deep_ep was built without nvcc")
-    try:
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        uuid, pci_bus = _C.device_identity(index)
-        return DeviceReport(uuid, pci_bus, host_identity(), _C.device_reach(index))
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        return DeviceReport(b"", "", host_identity(), {}, str(error))
-
-
-def missing_pairs(reports: Sequence[DeviceReport]) -> list[tuple[int, int]]:
-    """Pairs (rank, peer) where the rank's GPU is known not to reach the peer's.
-
-    A GPU that the process does not see cannot be asked about; the mapping itself will tell. Two ranks on one GPU
-    always reach each other.
-    """
-    return [
-        (rank, peer)
-        for rank, mine in enumerate(reports)
-        for peer, theirs in enumerate(reports)
-        if mine.uuid != theirs.uuid and not mine.reach.get(theirs.uuid, True)
-    ]
-
-
-def check_reports(reports: Sequence[DeviceReport], use_fabric: bool) -> None:
-    """The same verdict on every rank.
+def resolve_max_pool_bytes(max_pool_bytes: int | None) -> int:
+    """The limit of a rank's symmetric memory in bytes: the argument, `DEEP_EP_MAX_POOL_BYTES`, or 0 for none.
 
     Raises:
-        TopologyError: a rank has no usable GPU, hosts differ without fabric handles, or a pair cannot share memory.
+        ConfigError: not a number of bytes.
     """
-    broken = {rank: report.error for rank, report in enumerate(reports) if report.error}
-    if broken:
-        rank, text = next(iter(broken.items()))
-        raise TopologyError(f"ranks {sorted(broken)} cannot share GPU memory; rank {rank} says: {text}")
-    hosts = sorted({report.host for report in reports})
-    if len(hosts) > 1 and not use_fabric:
-        raise TopologyError(
-            f"the ranks of one NVLink domain run on {len(hosts)} hosts ({', '.join(hosts)}), expected one. Set "
-            "DEEP_EP_NVL_DOMAIN to the ranks of a host, or pass use_fabric=True where the hosts share an NVLink fabric"
-        )
-    pairs = missing_pairs(reports)
-    if pairs:
-        rank, peer = pairs[0]
-        names = ", ".join(f"{a}->{b}" for a, b in pairs[:16]) + (", ..." if len(pairs) > 16 else "")
-        raise TopologyError(
-            f"no peer access between the GPUs of ranks {names}: rank {rank} has GPU {reports[rank].pci_bus}, rank "
-            f"{peer} has GPU {reports[peer].pci_bus}. Use GPUs that `nvidia-smi topo -p2p r` shows as connected, set "
-            "DEEP_EP_NVL_DOMAIN to a number of ranks whose GPUs are, or run on the portable engine"
-        )
+    text = os.environ.get("DEEP_EP_MAX_POOL_BYTES", "").strip()
+    source = "max_pool_bytes" if max_pool_bytes is not None or not text else "DEEP_EP_MAX_POOL_BYTES"
+    raw: object = max_pool_bytes if max_pool_bytes is not None else (text or 0)
+    try:
+        value = int(raw)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        value = -1
+    if value < 0:
+        raise ConfigError(f"{source}={raw!r}: expected a number of bytes, or 0 for no limit but the device's memory")
+    return int(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tensors in the pool
-
-# Torch aborts the process when a pool is destroyed while any thread is inside the context of any pool.
-_pool_lock = threading.Lock()
-# Memory that was dropped without close(). The garbage collector may run anywhere, also inside that context, so it only
-# leaves it here; the next construction or close, on an ordinary path, frees it.
-_abandoned: collections.deque[tuple[Any, Any]] = collections.deque()
-_live: weakref.WeakSet[PeerMemory] = weakref.WeakSet()
+def room_below(limit: int, mapped_bytes: int, alignment: int) -> int:
+    """The largest chunk, a multiple of ``alignment``, that may be added to ``mapped_bytes``; ``limit`` 0 is none."""
+    return 1 << 62 if limit == 0 else max(limit - mapped_bytes, 0) // alignment * alignment
 
 
-@functools.cache
-def _torch_allocator() -> Any:
-    """Torch's side of the two functions of the extension; one for the process, since torch keeps pointers to it."""
-    plug = torch.cuda.memory.CUDAPluggableAllocator(str(_C.__file__), "deep_ep_pool_malloc", "deep_ep_pool_free")
-    return plug.allocator()
-
-
-def _free_abandoned() -> None:
-    while _abandoned:
-        pool, heap = _abandoned.popleft()
-        with _pool_lock:
-            del pool  # the last reference: torch gives the blocks that no tensor uses back to the heap
-        heap.destroy()
-
-
-def _keep_until_process_ends() -> None:
-    # At exit a kernel may still wait for a peer. Destroying a pool waits for events; the end of the process does not.
-    pools = [memory._pool for memory in _live if memory._pool is not None] + [pool for pool, _ in _abandoned]
-    for pool in pools:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
-
-
-atexit.register(_keep_until_process_ends)
-
-
-def _segment_size(num_bytes: int) -> int:
-    # What torch asks of the heap when it has no block for a request of more than 1 MiB.
-    return 20 << 20 if num_bytes < 10 << 20 else -(-num_bytes // (2 << 20)) * (2 << 20)
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _set_storage(tensor: Any, storage: torch.UntypedStorage, shape: Sequence[int]) -> None:
     tensor.set_(storage, 0, tuple(shape))  # contiguous; the type stubs lack this form
 
 
-def _capturing() -> bool:
-    # A torch without CUDA has no answer, and no capture.
-    return torch.version.cuda is not None and torch.cuda.is_current_stream_capturing()
+class _Staging:
+    """The block that takes rows when a rank's outputs have no place in the pool, and those it took the place of."""
 
+    def __init__(self, heap: Any) -> None:
+        self._heap = heap
+        self.num_bytes, self.offset = 0, -1
+        self.offsets: list[int] = []
+        self._is_leased = False
+        self.leased_bytes = 0
+        self._retired: list[tuple[Any, int]] = []  # an event behind the last use, and the offset
 
-def pool_size(num_bytes: int) -> int:
-    """Bytes asked of the pool for a tensor of ``num_bytes``.
+    def lease(self) -> None:
+        if self.num_bytes and not self._is_leased:
+            self._is_leased = True
+            self.leased_bytes += self.num_bytes
 
-    Large tensors take one of 16 sizes an octave (6 % more at most): the number of received rows changes from call to
-    call, and blocks of equal sizes can take each other's place.
-    """
-    step = 1 << max(num_bytes.bit_length() - 5, 9)
-    return -(-num_bytes // step) * step
+    def replace(self, num_bytes: int, offsets: list[int], rank: int, event: Any) -> None:
+        """Take another block; the old one goes back to the pool when ``event`` is done, if no graph writes to it."""
+        if self.num_bytes and not self._is_leased:
+            self._retired.append((event, self.offset))
+        self._is_leased = False
+        self.num_bytes, self.offsets = num_bytes, offsets
+        self.offset = offsets[rank] if offsets else -1
+
+    def collect(self) -> None:
+        """Give back what nobody uses any more. Not under capture, where events cannot be asked."""
+        while self._retired and self._retired[0][0].query():
+            self._heap.return_block(self._retired.pop(0)[1])
 
 
 class PeerMemory:
@@ -187,21 +107,28 @@ class PeerMemory:
     may share a GPU.
 
     Args:
-        members: the ranks of the domain and their object gather, used for construction only (with ``use_fabric`` over
-            several hosts also by `grow`).
+        members: the ranks of the domain and their object gather, used for construction and `recover` (with
+            ``use_fabric`` over several hosts also by the other collective methods).
         device: the CUDA device of this rank.
         control_bytes: size of the control block at offset 0 of each rank's range; zeroed.
-        pool_bytes: size of the pool that tensors come from; rounded up with the control block to 2 MiB.
+        pool_bytes: size of the pool that tensors come from; rounded up with the control block to 2 MiB, and cut to
+            ``max_pool_bytes``.
         use_fabric: share by fabric handles; the ranks may run on several hosts of one NVLink fabric.
         kind: ``"fd"``, ``"fabric"`` or ``"ipc"`` to allow that way only; the default is ``"fd"``, or ``"ipc"`` where
             that cannot work, or ``"fabric"`` with ``use_fabric``.
         reserve_bytes: address range of a rank, the limit of its growth; 0: twice the device's memory.
+        max_pool_bytes: limit of the device memory that a rank maps as its own, control block and staging included; the
+            smallest one that a rank gives counts for all. See `resolve_max_pool_bytes`. Staging that fits nowhere else
+            goes beyond it, since no operation could go on without it.
         timeout_s: deadline of each exchange between the ranks; see `resolve_timeout`.
 
     Attributes:
         heap: `_C.SymmetricHeap`.
         bases: by rank, the address of its range in this process. It does not change.
+        max_pool_bytes: the limit that counts; 0: none.
         rank, num_ranks, device, kind: as given or chosen.
+        num_sharing: ranks on this rank's GPU, itself included.
+        max_sharing: the largest `num_sharing` of the ranks, the same on all of them.
 
     Raises (on all ranks):
         TopologyError: a pair of ranks cannot map each other's memory.
@@ -211,7 +138,7 @@ class PeerMemory:
     """
 
     heap: Any = None
-    _pool: Any = None
+    _blocks: Any = None
 
     def __init__(
         self,
@@ -223,16 +150,21 @@ class PeerMemory:
         use_fabric: bool = False,
         kind: str | None = None,
         reserve_bytes: int = 0,
+        max_pool_bytes: int | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        _free_abandoned()
-        timeout = resolve_timeout(timeout_s)
+        free_abandoned()
+        self._timeout_s = resolve_timeout(timeout_s)
+        limit = resolve_max_pool_bytes(max_pool_bytes)
         self.rank, self.num_ranks, self.device = members.rank, members.size, device
         reports = members.gather(report_device(device))
         check_reports(reports, use_fabric or kind == "fabric")
+        sharing = Counter(report.uuid for report in reports)
+        self.num_sharing, self.max_sharing = sharing[reports[self.rank].uuid], max(sharing.values())
         if str(device) == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
-        settings = members.gather((control_bytes, pool_bytes, use_fabric, kind, reserve_bytes))
+        offers = members.gather(((control_bytes, pool_bytes, use_fabric, kind, reserve_bytes), limit))
+        settings = [setting for setting, _ in offers]
         positive = control_bytes > 0 and pool_bytes >= 0 and reserve_bytes >= 0
         fits = reserve_bytes == 0 or control_bytes + pool_bytes + 511 <= reserve_bytes
         equal = all(other == settings[0] for other in settings)
@@ -242,19 +174,25 @@ class PeerMemory:
                 f"{settings}; expected equal values on all ranks, sizes that are not negative and fit into a "
                 f"reserve_bytes other than 0, a positive control_bytes, and a kind of {sorted(HANDLE_KINDS)} or None"
             )
+        self.max_pool_bytes = min((limit for _, limit in offers if limit), default=0)
+        padded = _round_up(control_bytes, 512)
+        if 0 < self.max_pool_bytes < _round_up(padded, _CHUNK_ALIGNMENT):
+            raise ConfigError(
+                f"max_pool_bytes={self.max_pool_bytes}: the control block alone takes "
+                f"{_round_up(padded, _CHUNK_ALIGNMENT)} bytes; expected more, or 0 for no limit"
+            )
         one_host = len({report.host for report in reports}) == 1
-        self._links: Links = SocketLinks(members, timeout) if one_host else GroupLinks(members)
+        self._links: Links = SocketLinks(members, self._timeout_s) if one_host else GroupLinks(members)
         try:
             kinds = [kind] if kind else ["fabric"] if use_fabric else ["fd", "ipc"]
-            padded = -(-control_bytes // 512) * 512
             self.kind = self._allocate_first(kinds, padded, pool_bytes, reserve_bytes)
             self.bases: list[int] = self.heap.bases()
-            # Stand-ins: by stream, the addresses of the spare one; and those held for good.
-            self._spares: dict[int, range] = {}
-            self._held: list[torch.UntypedStorage] = []
-            self._pool = torch.cuda.MemPool(_torch_allocator())
-            self._leased: list[torch.UntypedStorage] = []
-            _live.add(self)
+            usage = self.heap.usage()
+            span = usage["mapped_bytes"] if self.kind == "ipc" else usage["reserve_bytes"]
+            self._base, self._span = self.bases[self.rank], span
+            self._stream = current_stream_of(self.device)
+            self._staging = _Staging(self.heap)
+            self._blocks = BlockPool(self.heap, self._base, span, self.device)
         except BaseException:
             self._links.close()
             self._drop_heap()
@@ -263,22 +201,24 @@ class PeerMemory:
     def _allocate_first(self, kinds: Sequence[str], control_bytes: int, pool_bytes: int, reserve_bytes: int) -> str:
         """Make the first chunk in the first way that works on all ranks; returns its kind."""
         reasons = []
+        size = control_bytes + pool_bytes
         for kind in kinds:
             failure = ""
             try:
                 self.heap = _C.SymmetricHeap(
                     self.device.index, self.rank, self.num_ranks, HANDLE_KINDS[kind], reserve_bytes
                 )
+                size = min(size, room_below(self.max_pool_bytes, 0, self.heap.granularity()))
             except RuntimeError as error:
                 failure = str(error)
-            failures = self._append(control_bytes + pool_bytes, control_bytes, failure)
+            failures = self._append(size, control_bytes, failure)
             if not failures:
                 return kind
             self._drop_heap()
             rank, text = next(iter(failures.items()))
             if any(_OUT_OF_MEMORY in text for text in failures.values()):
                 raise PoolExhausted(
-                    f"peer memory: {control_bytes + pool_bytes} bytes a rank could not be allocated on ranks "
+                    f"peer memory: {size} bytes a rank could not be allocated on ranks "
                     f"{sorted(failures)}; rank {rank} says: {text}. Ask for a smaller pool, or leave more of the GPU's "
                     "memory to it (torch.cuda.empty_cache() gives back what torch holds)"
                 )
@@ -332,6 +272,55 @@ class PeerMemory:
                 return f"rank {self.rank} could not map the memory of rank {peer}: {error}"
         return ""
 
+    def _check_open(self) -> None:
+        if self._blocks is None or self._blocks.closed:
+            raise BufferDestroyed("peer memory: it was closed; construct a new buffer")
+
+    # Memory for tensors.
+
+    def take(
+        self, num_bytes: int, stream: int, capturing: bool | None = None
+    ) -> tuple[torch.UntypedStorage, int] | None:
+        """One block of the pool for the current stream, with any contents, or None when the pool is full.
+
+        Torch's caching allocator owns the block, and it is reused in stream order when the last tensor on it goes.
+        Blocks that wait for another stream (`record_stream`) come back a few calls after that stream is done.
+
+        Args:
+            num_bytes: size in bytes; the block may be up to 6 % larger (see `pool_size`).
+            stream: handle of the current stream of the device (``cudaStream_t``).
+            capturing: whether that stream is being captured into a graph, where the caller knows. Blocks taken then
+                are held until `close`, since replays write to them.
+
+        Returns:
+            the block, and its offset in bytes in this rank's range.
+
+        Raises:
+            BufferDestroyed: the memory is closed.
+        """
+        taken: tuple[torch.UntypedStorage, int] | None = self._blocks.take(num_bytes, stream, capturing)
+        return taken
+
+    def try_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+        """A contiguous tensor in the pool, for the current stream, with any contents, or None when the pool is full.
+
+        It is an ordinary tensor on a block of `take`.
+
+        Raises:
+            BufferDestroyed: the memory is closed.
+        """
+        self._check_open()
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes == 0:
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        taken = self.take(num_bytes, self._stream())
+        if taken is None:
+            return None
+        # Not torch.empty(shape) in the pool: with deterministic algorithms torch fills that, also a stand-in.
+        tensor = torch.empty(0, dtype=dtype, device=self.device)
+        _set_storage(tensor, taken[0], shape)
+        return tensor
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """`try_empty`, for callers that have no other way.
 
@@ -349,99 +338,12 @@ class PeerMemory:
             )
         return tensor
 
-    def try_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
-        """A contiguous tensor in the pool, for the current stream, with any contents, or None when the pool is full.
-
-        It is an ordinary tensor: torch's caching allocator owns the block (its storage may be up to 6 % larger than
-        the tensor), and the block is reused in stream order when the last reference goes. Blocks that wait for
-        another stream (`record_stream`) come back at the next allocation of torch outside the pool.
-
-        Raises:
-            BufferDestroyed: the memory is closed.
-        """
-        if self._pool is None:
-            raise BufferDestroyed("peer memory: it was closed; construct a new buffer")
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if num_bytes == 0:
-            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        storage = self._try_storage(pool_size(num_bytes))
-        if storage is None:
-            return None
-        if _capturing():
-            # A replay writes here for as long as the graph lives, which nobody tells; so it is held until close.
-            self._leased.append(storage)
-        # Not torch.empty(shape) in the pool: with deterministic algorithms torch fills that, also a stand-in.
-        tensor = torch.empty(0, dtype=dtype, device=self.device)
-        _set_storage(tensor, storage, shape)
-        return tensor
-
-    def _try_storage(self, num_bytes: int) -> torch.UntypedStorage | None:
-        with _pool_lock:
-            storage = self._storage(num_bytes)
-            if storage is None or self.heap.offset_of(storage.data_ptr()) >= 0:
-                return storage
-            if not self.heap.is_stand_in(storage.data_ptr()):
-                return None  # torch runs without its caching allocator, which alone knows pools
-            if num_bytes > _SMALL_BYTES:
-                self._hold_unless_spare(storage)
-            del storage
-            return self._storage_when_full(max(num_bytes, _SMALL_BYTES + 512))
-
-    def _storage_when_full(self, num_bytes: int) -> torch.UntypedStorage | None:
-        """What is left to try when torch had no block, in the order that keeps a full pool cheap.
-
-        A full heap must not answer torch with a null pointer: torch then empties its whole cache. It hands out a
-        stand-in, an address without memory. But torch keeps every block that is dropped, and takes the smallest that
-        fits, so a stand-in that is free must be larger than any memory, or it would be taken in its place. Hence one
-        spare stand-in per stream, as large as the pool, whose parts answer all later requests that no memory fits.
-        Other ones are held for good, which takes addresses only. (Torch keeps blocks up to 1 MiB apart, in segments
-        of one size, where any free stand-in is as large as can be; such requests go on as larger ones here.)
-        """
-        usage = self.heap.usage()
-        stream = self._stream()
-        if len(self._spares.get(stream, ())) < num_bytes:
-            spare = self._storage(max(usage["mapped_bytes"], num_bytes), stand_in_only=True)
-            if spare is None:
-                return None
-            self._spares[stream] = range(spare.data_ptr(), spare.data_ptr() + spare.nbytes())
-            del spare
-        self._wake_blocks()
-        # What the heap has and torch has not is asked for only while no stand-in is free.
-        has_room = usage["largest_free_bytes"] >= _segment_size(num_bytes)
-        spare = self._storage(len(self._spares[stream])) if has_room else None
-        storage = self._storage(num_bytes)
-        del spare
-        if storage is not None and self.heap.offset_of(storage.data_ptr()) < 0:
-            self._hold_unless_spare(storage)
-            return None
-        return storage
-
-    def _hold_unless_spare(self, stand_in: torch.UntypedStorage) -> None:
-        if stand_in.data_ptr() not in self._spares.get(self._stream(), ()):
-            self._held.append(stand_in)
-
-    def _stream(self) -> int:
-        return int(torch.cuda.current_stream(self.device).cuda_stream)
-
-    def _wake_blocks(self) -> None:
-        """Blocks that waited for other streams come back in allocations outside the pool."""
-        if not _capturing():
-            torch.empty(1, dtype=torch.uint8, device=self.device)
-
-    def _storage(self, num_bytes: int, *, stand_in_only: bool = False) -> torch.UntypedStorage | None:
-        self.heap.activate(stand_in_only)
-        try:
-            with torch.cuda.use_mem_pool(self._pool, self.device):
-                return torch.UntypedStorage(num_bytes, device=self.device)
-        except torch.cuda.OutOfMemoryError:  # a limit that the caller set on torch
-            return None
-        finally:
-            self.heap.deactivate()
-
     def offset_of(self, tensor: torch.Tensor) -> int | None:
         """Offset in bytes of the tensor's first element in this rank's range; None elsewhere (empty tensors too)."""
-        offset: int = self.heap.offset_of(tensor.data_ptr())
-        return offset if offset >= 0 else None
+        offset: int = tensor.data_ptr() - self._base
+        return offset if 0 <= offset < self._span else None
+
+    # What the ranks do together.
 
     def grow(self, num_bytes: int) -> int:
         """Append a chunk to the pool of every rank (collective): of the largest size that a rank asks for.
@@ -450,39 +352,185 @@ class PeerMemory:
         call of another rank.
 
         Returns:
-            bytes added, the same on all ranks: the size rounded up to 2 MiB, or 0 when a rank has no memory or no
-            addresses left, or the kind is ``"ipc"``.
+            bytes added, the same on all ranks: the size rounded up to 2 MiB, or what `max_pool_bytes` leaves of it, or
+            0 when a rank has no memory or no addresses left, or the kind is ``"ipc"``.
 
         Raises:
             CommTimeout, PeerError: a rank did not answer or died.
             BufferDestroyed: the memory is closed.
         """
-        if self._pool is None:
-            raise BufferDestroyed("peer memory: it was closed; construct a new buffer")
+        self._check_open()
+        self._collect()
         wanted = max(wish for wish, _ in self._links.exchange("growth", int(num_bytes)))
+        before, granularity = self.heap.usage()["mapped_bytes"], self.heap.granularity()
+        # Both are the same on all ranks, and so is the limit.
+        wanted = min(_round_up(wanted, granularity), room_below(self.max_pool_bytes, before, granularity))
         if wanted <= 0 or self.kind == "ipc":
             return 0
-        before = self.heap.usage()["mapped_bytes"]
         failures = self._append(wanted, 0)
         if failures:
             rank, text = next(iter(failures.items()))
             logger.info("deep_ep: peer memory cannot grow by %d bytes; rank %d says: %s", wanted, rank, text)
         return int(self.heap.usage()["mapped_bytes"] - before)
 
-    def usage(self) -> dict[str, int]:
-        """Sizes in bytes of this rank's part. Slow (it walks torch's blocks): for reports.
+    @property
+    def staging_bytes(self) -> int:
+        """Size of the staging block of every rank; 0 before `reserve_staging`."""
+        return self._staging.num_bytes
 
-        Keys: ``reserve_bytes`` address range; ``mapped_bytes`` device memory taken, ``control_bytes`` of which is the
-        control block; ``used_bytes`` of the pool are torch's, ``live_bytes`` of which tensors hold, the rest is kept
-        for reuse; ``free_bytes`` of the pool are not torch's, ``largest_free_bytes`` in one piece; ``num_chunks``;
-        ``stand_in_bytes`` addresses without memory that torch counts as reserved.
+    @property
+    def staging_offset(self) -> int:
+        """Offset of this rank's staging block in its range; -1 without one."""
+        return self._staging.offset
+
+    @property
+    def staging_offsets(self) -> list[int]:
+        """By rank, the offset of its staging block; empty without one."""
+        return self._staging.offsets
+
+    def reserve_staging(self, num_bytes: int, *, within_limit: bool = False) -> None:
+        """Have a staging block of at least ``num_bytes`` on every rank (collective).
+
+        Returns at once while the present block is large enough, so all ranks pass the same number, or numbers that are
+        all larger than `staging_bytes`; the largest counts. The block comes from free room of the pool, else from a
+        new chunk, which may exceed `max_pool_bytes` unless ``within_limit`` (the same on all ranks) forbids it. A
+        block that it replaces goes back to the pool when the work of the current stream up to here is done: call it on
+        the stream of the operation that needs the memory, after the launches that use the old block. It maps memory,
+        as `grow`.
+
+        Raises:
+            PoolExhausted: some rank has no memory left, or the limit is reached; raised on all ranks, which keep the
+                block that they had.
+            CommTimeout, PeerError: a rank did not answer or died.
+            BufferDestroyed: the memory is closed.
         """
-        if self._pool is None:
-            raise BufferDestroyed("peer memory: it was closed; construct a new buffer")
+        if num_bytes <= self._staging.num_bytes:
+            return
+        self._check_open()
+        self._collect()
+        wanted = max(wish for wish, _ in self._links.exchange("staging", int(num_bytes)))
+        granularity = self.heap.granularity()
+        # An eighth more, so that sizes that grow slowly do not replace it at each step.
+        wanted = _round_up(wanted + wanted // 8, granularity)
+        offsets = self._reserve_block(wanted)
+        if not offsets:
+            mapped = self.heap.usage()["mapped_bytes"]
+            if within_limit and wanted > room_below(self.max_pool_bytes, mapped, granularity):
+                failures = {self.rank: f"max_pool_bytes is {self.max_pool_bytes}, of which {mapped} are mapped"}
+            else:
+                failures = self._append(wanted, 0)
+            offsets = [] if failures else self._reserve_block(wanted)
+            if not offsets:
+                rank, text = next(iter(failures.items()), (self.rank, "another thread took the memory"))
+                raise PoolExhausted(
+                    f"peer memory: no room for {wanted} bytes of staging on every rank; rank {rank} says: {text}. "
+                    "Drop received tensors earlier, or leave more of the GPU's memory to the pool"
+                )
+        self._staging.replace(wanted, offsets, self.rank, self._event())
+
+    def lease_staging(self) -> None:
+        """Keep the present staging block until `close`, also when a larger one replaces it: a graph writes to it."""
+        self._staging.lease()
+
+    def rendezvous(self, name: str, value: Any) -> list[Any]:
+        """Wait for all ranks at the same point (collective).
+
+        Args:
+            name: what the ranks do, the same on all of them; errors name it.
+            value: a small picklable object for the other ranks.
+
+        Returns:
+            the values by rank.
+
+        Raises:
+            CommTimeout, PeerError: a rank did not come before the deadline, died, or is at another point.
+            BufferDestroyed: the memory is closed.
+        """
+        self._check_open()
+        return [item for item, _ in self._links.exchange(name, value)]
+
+    def recover(self, members: Members) -> None:
+        """Make the exchanges usable again after one of them failed (collective over ``members``).
+
+        No operation may be running: neither on a device nor in a thread.
+
+        Raises:
+            PeerError: the failure came while a chunk was appended, and only some ranks have it; on all ranks.
+            TopologyError: some ranks could not connect; on all ranks.
+            BufferDestroyed: the memory of some rank is closed; on all ranks.
+        """
+        is_closed = self._blocks is None or self._blocks.closed
+        mapped = 0 if is_closed else self.heap.usage()["mapped_bytes"]
+        states = members.gather((is_closed, self._links.closed, mapped, self._staging.num_bytes))
+        gone = [rank for rank, state in enumerate(states) if state[0]]
+        if gone:
+            raise BufferDestroyed(f"recover: the buffer of ranks {gone} was destroyed; construct a new one")
+        sizes = [state[2] for state in states]
+        if len(set(sizes)) != 1:
+            raise PeerError(
+                f"recover: the ranks map {sizes} bytes of symmetric memory, since growing it failed half-way; destroy "
+                "the buffer and construct a new one on all ranks",
+                operation="recover",
+                peer=next(rank for rank, size in enumerate(sizes) if size != sizes[0]),
+            )
+        if any(state[1] for state in states):
+            self._links.close()
+            self._links = SocketLinks(members, self._timeout_s)
+        if len({state[3] for state in states}) != 1:  # some ranks replaced their block before the failure
+            self._staging.replace(0, [], self.rank, self._event())
+
+    def _reserve_block(self, num_bytes: int) -> list[int]:
+        """Offsets by rank of a block on every rank; empty, and nothing reserved, if some rank has no room."""
+        offset = self.heap.reserve_block(num_bytes)
+        finished = False
+        try:
+            offsets = [item for item, _ in self._links.exchange("staging block", offset)]
+            finished = min(offsets) >= 0
+        finally:
+            if not finished and offset >= 0:
+                self.heap.return_block(offset)
+        return offsets if finished else []
+
+    def _event(self) -> Any:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _collect(self) -> None:
+        if not is_capturing():
+            self._staging.collect()
+
+    # Reports and the end.
+
+    def usage(self) -> dict[str, int]:
+        """Sizes in bytes of this rank's part. Takes some microseconds.
+
+        Keys: ``limit_bytes`` is `max_pool_bytes`, 0 for none; ``reserve_bytes`` address range; ``mapped_bytes`` device
+        memory taken, ``control_bytes`` of which is the control block and the rest the pool, in ``num_chunks`` pieces;
+        ``used_bytes`` of the pool are torch's (in tensors, or kept for reuse) or staging; ``free_bytes`` of it are not,
+        ``largest_free_bytes`` in one piece; ``staging_bytes`` is the present staging block; ``leased_bytes`` are held
+        for captured graphs until `close`; ``stand_in_bytes`` addresses without memory that torch counts as reserved.
+
+        Raises:
+            BufferDestroyed: the memory is closed.
+        """
+        self._check_open()
+        self._collect()
         usage: dict[str, int] = self.heap.usage()
-        segments = [s for s in self._pool.snapshot() if not self.heap.is_stand_in(s["address"])]
-        usage["live_bytes"] = sum(int(segment["allocated_size"]) for segment in segments)
+        usage["limit_bytes"] = self.max_pool_bytes
+        usage["staging_bytes"] = self._staging.num_bytes
+        usage["leased_bytes"] = self._staging.leased_bytes + self._blocks.leased_bytes
         return usage
+
+    def live_bytes(self) -> int:
+        """Bytes of the pool that tensors hold, of ``used_bytes``. Slow (it walks torch's blocks): for reports.
+
+        Raises:
+            BufferDestroyed: the memory is closed.
+        """
+        self._check_open()
+        size: int = self._blocks.live_bytes()
+        return size
 
     def close(self) -> None:
         """Unmap the other ranks' memory and free the own one; again: does nothing.
@@ -494,21 +542,16 @@ class PeerMemory:
         Raises:
             ConfigError: the current stream is being captured into a graph, where nothing can be freed.
         """
-        if self._pool is None:
+        if self._blocks is None or self._blocks.closed:
             return
-        if _capturing():
+        if is_capturing():
             raise ConfigError("peer memory: close() during graph capture; destroy the buffer after the capture")
-        self._leased.clear()
-        pool, self._pool = self._pool, None
         self._links.close()
-        self._held.clear()
-        with _pool_lock:
-            del pool  # as in _free_abandoned
-        self.heap.destroy()
-        _free_abandoned()
+        self._blocks.close()
+        free_abandoned()
 
     def __del__(self) -> None:
-        pool = getattr(self, "_pool", None)
-        if pool is not None:
+        blocks = self._blocks
+        if blocks is not None and not blocks.closed:
             self._links.close()
-            _abandoned.append((pool, self.heap))
+            blocks.abandon()

@@ -19,19 +19,20 @@ import torch.distributed as dist
 from .. import handles, ops
 from ..errors import BufferDestroyed, BufferOverflow
 from ..event import EventHandle, EventOverlap
+from ..fp8 import ScaleFormat
 from ..handles import Handle, Route, parse_handle
 from ..layout import DispatchLayout, compute_dispatch_layout, first_local_expert, num_local_experts
 from ..topology import Topology
 from ..traffic import TrafficStats
 from . import protocol
 from .calls import Call
-from .mesh import Mesh
+from .mesh import Members, Mesh
 from .protocol import METADATA_PHASE, ROWS_PHASE, Header, dtype_code
 from .shared import SharedRows
 from .transfer import Staging, Transfer, as_bytes, split_records
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DispatchRequest:
     """Checked arguments of one dispatch.
 
@@ -45,6 +46,8 @@ class DispatchRequest:
         num_channels: C of the handle's channel matrices.
         num_sms: SM budget of kernels.
         num_tokens_per_rank: int32 [R] of an uncached call.
+        scale_format: the rows are to be quantised on the way, by an engine that serves them so.
+        on_device: kernels move the rows; see `PortableEngine.serves`.
     """
 
     rows: torch.Tensor
@@ -58,9 +61,11 @@ class DispatchRequest:
     num_channels: int = 1
     num_sms: int = 0
     num_tokens_per_rank: torch.Tensor | None = None
+    scale_format: ScaleFormat | None = None
+    on_device: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DispatchResult:
     """What a dispatch brought. ``handle`` and the per-expert counts are None in a cached call."""
 
@@ -93,6 +98,8 @@ class PortableEngine:
     """
 
     name = "portable"
+    #: Ranks of the group that share this rank's GPU, this one included.
+    ranks_per_gpu = 1
 
     def __init__(
         self,
@@ -159,6 +166,20 @@ class PortableEngine:
             self._scratch[use_rdma_buffer] = torch.zeros(size, dtype=torch.uint8, device=self.device)
         return self._scratch[use_rdma_buffer]
 
+    def recover(self, members: Members) -> None:
+        """Make the engine usable again after a `CommTimeout` or `PeerError` (collective over ``members``).
+
+        All ranks have to be alive and out of their operations. Rows that were under way are lost.
+
+        Raises:
+            BufferDestroyed, TopologyError: see `Mesh.recover`.
+        """
+        with self.lock:
+            self.mesh.recover(members)
+            # Rows in shared memory need nothing: all ranks are here, so none reads them any more. Packed rows may still
+            # belong to messages that were given up.
+            self._staging.clear()
+
     def destroy(self) -> None:
         """Close the connections and drop the scratch memory. Waits for no peer."""
         with self.lock:
@@ -175,19 +196,24 @@ class PortableEngine:
             except BufferDestroyed:
                 return
 
-    def serves(self, tensor: torch.Tensor) -> bool:
-        """Whether kernels move rows like these; then no argument is read back from the device."""
+    def serves(self, x: object, use_fp8: bool = False) -> bool:
+        """Whether kernels move rows like these, as FP8 with ``use_fp8``.
+
+        No argument is read back from the device then, and quantising is the engine's part.
+        """
         return False
 
     def call(
         self,
-        rows: torch.Tensor,
+        operation: str,
+        x: object,
+        use_fp8: bool,
         inputs: object,
         previous_event: EventOverlap | EventHandle | None,
         async_finish: bool,
     ) -> Call:
-        """The surroundings of an operation on ``rows``."""
-        return Call(inputs, previous_event, async_finish)
+        """The surroundings of an operation on the rows ``x``, whatever the caller passed as such."""
+        return Call(self, operation, inputs, previous_event, async_finish)
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
         """Counts of `Buffer.get_dispatch_layout`."""
@@ -203,6 +229,10 @@ class PortableEngine:
 
     def check(self) -> None:
         """Raise what failed in the background; nothing runs there on this engine."""
+
+    def memory_usage(self) -> dict[str, int]:
+        """Symmetric memory in bytes; this engine has none."""
+        return {}
 
     # Dispatch.
 

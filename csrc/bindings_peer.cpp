@@ -1,0 +1,245 @@
+// What Python sees of the kernels over peers' memory. deep_ep/engines/cuda.py has checked what arrives here.
+#ifdef DEEP_EP_WITH_CUDA
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels/peer_launch.h"
+#include "layout/expert_range.h"
+#include "runtime/peer_domain.h"
+#include "runtime/push_copies.h"
+#include "runtime/stream_order.h"
+#include "sync/planted.h"
+
+namespace py = pybind11;
+
+namespace deep_ep {
+
+void bind_peer_kernels(py::module_& m);
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Offsets of rows, scales, topk_idx, topk_weights and src_idx, and the capacity.
+using Outputs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+OutputOffsets output_offsets(const Outputs& t) {
+    return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t)};
+}
+
+void load_kernels() {
+    prepare_dispatch_layout();
+    prepare_dispatch_notify();
+    prepare_dispatch_rows();
+    prepare_dispatch_rows_fp8();
+    prepare_dispatch_refuse();
+    prepare_dispatch_combine_copy();
+    prepare_combine_rows();
+}
+
+void dispatch_layout(PeerDomain& self, Address topk_idx, bool is_int64, int num_tokens, int num_topk,
+                     int num_experts, Address per_rank, Address per_expert, Address in_rank, Address stream) {
+    launch_dispatch_layout(
+        {self.domain(), pointer<const void>(topk_idx), is_int64, num_tokens, num_topk, num_experts,
+         pointer<int32_t>(per_rank), pointer<int32_t>(per_expert), pointer<uint8_t>(in_rank)},
+        pointer(stream));
+}
+
+void dispatch_notify(PeerDomain& self, uint64_t signature, const Outputs& output, bool fixed_capacity,
+                     int num_tokens, int num_experts, int num_channels, Address per_rank, Address per_expert,
+                     Address in_rank, Address rank_prefix, Address channel_prefix,
+                     Address recv_channel_prefix, Address send_head, Address stream) {
+    if (!fixed_capacity) self.expect_counts();
+    launch_dispatch_notify(
+        {self.domain(), signature, output_offsets(output), fixed_capacity, num_tokens, num_experts,
+         num_channels, pointer<const int32_t>(per_rank), pointer<const int32_t>(per_expert),
+         pointer<const uint8_t>(in_rank), pointer<int32_t>(rank_prefix), pointer<int32_t>(channel_prefix),
+         pointer<int32_t>(recv_channel_prefix), pointer<int32_t>(send_head)},
+        pointer(stream));
+}
+
+// element_type: of rows that are quantised on the way, -1 for rows that travel as they are.
+void dispatch_rows(PeerDomain& self, uint64_t signature, bool announce, const Outputs& output, int num_tokens,
+                   Address send_head, Address rows, int64_t row_bytes, Address scales, int scales_per_token,
+                   std::pair<int64_t, int64_t> scales_strides, Address topk_idx, bool topk_is_int64,
+                   Address topk_weights, int num_topk, int num_experts, int element_type, int scale_format,
+                   int num_sms, Address stream) {
+    const DispatchRowsArgs args{self.domain(),
+                                signature,
+                                announce,
+                                output_offsets(output),
+                                num_tokens,
+                                pointer<const int32_t>(send_head),
+                                pointer<const uint8_t>(rows),
+                                row_bytes,
+                                pointer<const uint8_t>(scales),
+                                scales_per_token,
+                                scales_strides.first,
+                                scales_strides.second,
+                                pointer<const void>(topk_idx),
+                                topk_is_int64,
+                                pointer<const float>(topk_weights),
+                                num_topk,
+                                num_experts,
+                                static_cast<ElementType>(element_type < 0 ? 0 : element_type),
+                                static_cast<ScaleFormat>(scale_format)};
+    if (element_type < 0) {
+        launch_dispatch_rows(args, num_sms, pointer(stream));
+    } else {
+        launch_dispatch_rows_fp8(args, num_sms, pointer(stream));
+    }
+}
+
+// segments: (from, to, bytes), addresses in this rank's memory.
+void copy_segments(const std::vector<std::tuple<Address, Address, int64_t>>& segments, int num_sms,
+                   Address stream) {
+    CopySegmentsArgs args{};
+    for (const auto& [from, to, bytes] : segments) {
+        if (args.num_segments == kMaxSegments) throw py::value_error("copy_segments: too many segments");
+        args.segments[args.num_segments++] = {pointer<const uint8_t>(from), pointer<uint8_t>(to), bytes};
+    }
+    launch_dispatch_combine_copy(args, num_sms, pointer(stream));
+}
+
+// rows and weights: (address, offset in the own heap or -1).
+void combine_rows(PeerDomain& self, uint64_t signature, std::pair<Address, int64_t> rows,
+                  std::pair<Address, int64_t> weights, uint64_t push_number, Address inbox,
+                  Address rank_prefix, int num_tokens, Address send_head, int64_t hidden, int type,
+                  const std::vector<Address>& biases, Address out, int num_topk, Address out_weights,
+                  int num_sms, Address stream) {
+    CombineRowsArgs args{self.domain(),
+                         signature,
+                         pointer<const uint8_t>(rows.first),
+                         rows.second,
+                         pointer<const float>(weights.first),
+                         weights.second,
+                         push_number,
+                         pointer<uint8_t>(inbox),
+                         pointer<const int32_t>(rank_prefix),
+                         num_tokens,
+                         pointer<const int32_t>(send_head),
+                         hidden,
+                         static_cast<ElementType>(type)};
+    for (Address bias : biases) args.biases[args.num_biases++] = pointer<const uint8_t>(bias);
+    args.out = pointer<uint8_t>(out);
+    args.num_topk = num_topk;
+    args.out_weights = pointer<float>(out_weights);
+    launch_combine_rows(args, num_sms, pointer(stream));
+}
+
+std::vector<int> expert_counts(PeerDomain& self, int num_experts) {
+    const Domain& domain = self.domain();
+    const int count = expert_range(num_experts, domain.num_ranks, domain.rank).count;
+    std::vector<int> result(count);
+    for (int e = 0; e < count; ++e) result[e] = self.host().expert_counts[e];
+    return result;
+}
+
+std::vector<std::vector<int>> send_counts(PeerDomain& self) {
+    const int num_ranks = self.domain().num_ranks;
+    std::vector<std::vector<int>> result(num_ranks, std::vector<int>(num_ranks));
+    for (int src = 0; src < num_ranks; ++src) {
+        for (int dst = 0; dst < num_ranks; ++dst) {
+            result[src][dst] = self.host().send_counts[src * num_ranks + dst];
+        }
+    }
+    return result;
+}
+
+py::object error(PeerDomain& self) {
+    const HostRecord& host = self.host();
+    if (host.error == 0) return py::none();
+    return py::make_tuple(host.error + 0, host.operation + 0, host.phase + 0, host.peer + 0,
+                          host.expected + 0, host.seen + 0);
+}
+
+py::object take_overflow(PeerDomain& self) {
+    HostRecord& host = self.host();
+    if (host.overflow_total == 0) return py::none();
+    const auto result =
+        py::make_tuple(host.overflow_rank + 0, host.overflow_total + 0, host.overflow_capacity + 0);
+    host.overflow_total = 0;
+    return result;
+}
+
+py::object take_refused(PeerDomain& self) {
+    HostRecord& host = self.host();
+    if (host.refused_by == 0) return py::none();
+    const int rank = host.refused_by - 1;
+    host.refused_by = 0;
+    return py::int_(rank);
+}
+
+py::object take_late(PeerDomain& self) {
+    const auto late = self.take_late();
+    if (!late) return py::none();
+    return py::make_tuple(late->operation, late->phase, late->peer, late->expected, late->seen);
+}
+
+py::dict planted_bugs() {
+    py::dict result;
+    for (const PlantedBug& bug : kPlantedBugs) result[bug.name] = 1u << static_cast<uint32_t>(bug.broken);
+    return result;
+}
+
+void bind_domain(py::module_& m) {
+    using NoGil = py::call_guard<py::gil_scoped_release>;
+    py::class_<PeerDomain>(m, "PeerDomain")
+        .def(py::init<const std::vector<uintptr_t>&, int, double>())
+        .def("dispatch_layout", &dispatch_layout)
+        .def("dispatch_notify", &dispatch_notify)
+        .def("dispatch_rows", &dispatch_rows)
+        .def("combine_rows", &combine_rows)
+        .def("refuse",
+             [](PeerDomain& self, Address stream) { launch_dispatch_refuse(self.domain(), pointer(stream)); })
+        .def(
+            "wait_counts", [](PeerDomain& self) { return static_cast<int>(self.wait_counts()); }, NoGil())
+        .def("counts",
+             [](PeerDomain& self) { return py::make_tuple(self.host().num_recv + 0, self.host().fits != 0); })
+        .def("expert_counts", &expert_counts)
+        .def("send_counts", &send_counts)
+        .def("error", &error)
+        .def("take_overflow", &take_overflow)
+        .def("take_refused", &take_refused)
+        .def_property("warn_after_s", &PeerDomain::warn_after, &PeerDomain::set_warn_after)
+        .def("take_late", &take_late)
+        .def("set_debug", &PeerDomain::set_debug)
+        .def("reset", &PeerDomain::reset)
+        .def("close", &PeerDomain::close);
+}
+
+}  // namespace
+
+void bind_peer_kernels(py::module_& m) {
+    m.attr("PLANTED_BUGS") = planted_bugs();
+    m.attr("CONTROL_BLOCK_BYTES") = static_cast<int64_t>(sizeof(ControlBlock));
+    m.def("load_peer_kernels", &load_kernels);
+    m.def("copy_segments", &copy_segments);
+    bind_domain(m);
+    py::class_<StreamOrder>(m, "StreamOrder")
+        .def(py::init<>())
+        .def("begin", [](StreamOrder& self, Address stream) { return self.begin(pointer(stream)); })
+        .def("end", [](StreamOrder& self, Address stream) { self.end(pointer(stream)); })
+        .def("close", &StreamOrder::close);
+    py::class_<PushCopies>(m, "PushCopies")
+        .def(py::init([](PeerDomain& domain) { return std::make_unique<PushCopies>(domain.domain()); }))
+        .def_static("available", &PushCopies::available)
+        .def("mark_ready", [](PushCopies& self, Address stream) { self.mark_ready(pointer(stream)); })
+        .def("push", &PushCopies::push)
+        .def("release", &PushCopies::release)
+        .def("close", &PushCopies::close);
+}
+
+}  // namespace deep_ep
+
+#endif  // DEEP_EP_WITH_CUDA

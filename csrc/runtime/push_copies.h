@@ -1,0 +1,41 @@
+// Rows of a combine that copy engines bring to their tokens' homes, so that no SM has to. Free of CUDA headers.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/launch.h"
+#include "layout/control_block.h"
+
+namespace deep_ep {
+
+class PushCopies {
+  public:
+    explicit PushCopies(const Domain& domain);
+    ~PushCopies();
+    PushCopies(const PushCopies&) = delete;
+    PushCopies& operator=(const PushCopies&) = delete;
+
+    // Whether streams of this device can wait for and write words of memory.
+    static bool available();
+
+    // Call before the combine kernel is launched on `stream`, and push() after: what the copies wait for at the peers,
+    // their kernels, must never be queued behind them.
+    void mark_ready(Stream stream);
+
+    // Enqueues the copies of combine `number`. rows: this rank's, in receive order. recv_counts: rows from each rank.
+    // inbox_at: for each rank, the address, as mapped here, where this rank's rows go.
+    void push(uint64_t number, uintptr_t rows, int64_t row_bytes, const std::vector<int32_t>& recv_counts,
+              const std::vector<uintptr_t>& inbox_at);
+
+    // Lets copies go on whose peers never came: nothing may wait without end. After a failure, and before destruction.
+    void release() noexcept;
+    void close() noexcept;
+
+  private:
+    Domain domain_;
+    void* stream_ = nullptr;
+    void* rows_ready_ = nullptr;
+};
+
+}  // namespace deep_ep
