@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -137,23 +138,31 @@ void combine_rows(PeerDomain& self, uint64_t signature, std::pair<Address, int64
     launch_combine_rows(args, num_sms, pointer(stream));
 }
 
-std::vector<int> expert_counts(PeerDomain& self, int num_experts) {
+// What dispatch_notify told the host: rows received here, whether all ranks have room for theirs, tokens of each local
+// expert, rows from each rank to each, and of these the most that one rank receives, or gets back from others.
+py::tuple counts(PeerDomain& self, int num_experts) {
     const Domain& domain = self.domain();
-    const int count = expert_range(num_experts, domain.num_ranks, domain.rank).count;
-    std::vector<int> result(count);
-    for (int e = 0; e < count; ++e) result[e] = self.host().expert_counts[e];
-    return result;
-}
-
-std::vector<std::vector<int>> send_counts(PeerDomain& self) {
-    const int num_ranks = self.domain().num_ranks;
-    std::vector<std::vector<int>> result(num_ranks, std::vector<int>(num_ranks));
+    const HostRecord& host = self.host();
+    const int num_ranks = domain.num_ranks;
+    const int num_local = expert_range(num_experts, num_ranks, domain.rank).count;
+    py::list experts(num_local), sent(num_ranks);
+    for (int e = 0; e < num_local; ++e) experts[e] = py::int_(static_cast<int>(host.expert_counts[e]));
+    int most_received = 0, most_away = 0;
+    std::vector<int> received(num_ranks);
     for (int src = 0; src < num_ranks; ++src) {
+        py::list row(num_ranks);
+        int away = 0;
         for (int dst = 0; dst < num_ranks; ++dst) {
-            result[src][dst] = self.host().send_counts[src * num_ranks + dst];
+            const int count = host.send_counts[src * num_ranks + dst];
+            row[dst] = py::int_(count);
+            received[dst] += count;
+            if (dst != src) away += count;
         }
+        sent[src] = row;
+        most_away = std::max(most_away, away);
     }
-    return result;
+    for (int count : received) most_received = std::max(most_received, count);
+    return py::make_tuple(host.num_recv + 0, host.fits != 0, experts, sent, most_received, most_away);
 }
 
 py::object error(PeerDomain& self) {
@@ -204,10 +213,7 @@ void bind_domain(py::module_& m) {
              [](PeerDomain& self, Address stream) { launch_dispatch_refuse(self.domain(), pointer(stream)); })
         .def(
             "wait_counts", [](PeerDomain& self) { return static_cast<int>(self.wait_counts()); }, NoGil())
-        .def("counts",
-             [](PeerDomain& self) { return py::make_tuple(self.host().num_recv + 0, self.host().fits != 0); })
-        .def("expert_counts", &expert_counts)
-        .def("send_counts", &send_counts)
+        .def("counts", &counts)
         .def("error", &error)
         .def("take_overflow", &take_overflow)
         .def("take_refused", &take_refused)

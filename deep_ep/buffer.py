@@ -314,7 +314,7 @@ class Buffer(LowLatencyMixin):
             ConfigError: wrong dtype or shape, or an index outside [-1, E).
         """
         runtime = self._engine("get_dispatch_layout")
-        with torch.no_grad(), runtime.lock:
+        with runtime.lock:
             wait_previous(previous_event)
             topk_idx = checks.check_topk_idx(topk_idx, "get_dispatch_layout")
             num_experts = checks.check_num_experts(num_experts, "get_dispatch_layout")

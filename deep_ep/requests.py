@@ -77,17 +77,20 @@ def fresh_request(
             "get them from get_dispatch_layout(topk_idx, num_experts)"
         )
     num_tokens, num_ranks = rows.shape[0], topology.num_ranks
-    i32 = _INT32
-    check = checks.check_tensor
-    shape = (num_tokens, num_ranks)
-    in_rank = check(in_rank, "is_token_in_rank", operation, dim=2, dtypes=_BOOL, shape=shape, device=device)
-    per_rank = check(per_rank, "num_tokens_per_rank", operation, dim=1, dtypes=i32, shape=(num_ranks,), device=device)
-    per_expert = check(per_expert, "num_tokens_per_expert", operation, dim=1, dtypes=i32, device=device)
+    if not _is_plain_layout(per_rank, in_rank, per_expert, num_tokens, num_ranks, device):
+        check = checks.check_tensor
+        shape = (num_tokens, num_ranks)
+        in_rank = check(in_rank, "is_token_in_rank", operation, dim=2, dtypes=_BOOL, shape=shape, device=device)
+        shape1 = (num_ranks,)
+        per_rank = check(per_rank, "num_tokens_per_rank", operation, dim=1, dtypes=_INT32, shape=shape1, device=device)
+        per_expert = check(per_expert, "num_tokens_per_expert", operation, dim=1, dtypes=_INT32, device=device)
     if per_expert.shape[0] == 0:
         raise ConfigError("dispatch: num_tokens_per_expert is empty; expected one count for each expert")
     if per_node is not None:
         nodes = (topology.num_nodes,)
-        check(per_node, "num_tokens_per_rdma_rank", operation, dim=1, dtypes=i32, shape=nodes, device=device)
+        checks.check_tensor(
+            per_node, "num_tokens_per_rdma_rank", operation, dim=1, dtypes=_INT32, shape=nodes, device=device
+        )
     sent = per_rank if on_device else in_rank.sum(0, dtype=torch.int32)
     if not on_device and not torch.equal(sent, per_rank):
         raise ConfigError(
@@ -102,7 +105,7 @@ def fresh_request(
     if topk_idx is not None:
         topk_idx = checks.check_topk_idx(topk_idx, operation, num_tokens, device)
         shape = (num_tokens, topk_idx.shape[1])
-        topk_weights = check(
+        topk_weights = checks.check_tensor(
             topk_weights, "topk_weights", operation, dim=2, dtypes=_FLOAT32, shape=shape, device=device
         )
         if not on_device:
@@ -122,6 +125,31 @@ def fresh_request(
         scale_format,
         on_device,
     )
+
+
+def _is_plain_layout(
+    per_rank: torch.Tensor,
+    in_rank: torch.Tensor,
+    per_expert: torch.Tensor,
+    num_tokens: int,
+    num_ranks: int,
+    device: torch.device,
+) -> bool:
+    """Whether these are as `get_dispatch_layout` returns them; whatever else they are is checked, and named, slowly."""
+    try:
+        return (
+            in_rank.dtype is torch.bool
+            and in_rank.shape == (num_tokens, num_ranks)
+            and in_rank.device == device == per_rank.device == per_expert.device
+            and in_rank.is_contiguous()
+            and per_rank.dtype is torch.int32 is per_expert.dtype
+            and per_rank.shape == (num_ranks,)
+            and per_expert.dim() == 1
+            and per_rank.is_contiguous()
+            and per_expert.is_contiguous()
+        )
+    except AttributeError:
+        return False
 
 
 def scale_format_of(operation: str, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> fp8.ScaleFormat | None:

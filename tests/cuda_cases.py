@@ -5,18 +5,27 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from cases import generator, make_rows, make_topk, to_device
 from harness import RankContext, environ, expect_bits
 
-from deep_ep import Buffer
+from deep_ep import Buffer, Config
+from deep_ep.engines.cuda import CudaKernels
 from deep_ep.errors import DeepEPError
 
 NUM_EXPERTS, NUM_TOPK = 10, 3
 LONG_SLEEP = 2_000_000_000  # cycles, about a second
 SHORT_SLEEP = 100_000_000
+MIB = 1 << 20
+#: Dispatch options by the format of the scales.
+FP8_OPTIONS: dict[str, dict[str, bool]] = {
+    "fp32": {"use_fp8": True},
+    "pow2": {"use_fp8": True, "round_scale": True},
+    "ue8m0": {"use_fp8": True, "round_scale": True, "use_ue8m0": True},
+}
 
 
 def make_buffer(ctx: RankContext, engine: str = "cuda", **kwargs: Any) -> Any:
@@ -58,11 +67,13 @@ def dispatch(buffer: Any, routing: Routing, x: Any = None, **kwargs: Any) -> Any
     )
 
 
-def round_trip(buffer: Any, routing: Routing, num_worst_tokens: int = 0) -> tuple[torch.Tensor, ...]:
+def round_trip(
+    buffer: Any, routing: Routing, num_worst_tokens: int = 0, config: Config | None = None
+) -> tuple[torch.Tensor, ...]:
     """Dispatch, cached dispatch, combine; what a caller may look at. Never waits for the device by itself."""
-    recv, idx, weights, _, handle, _ = dispatch(buffer, routing, num_worst_tokens=num_worst_tokens)
-    cached = buffer.dispatch(routing.x, handle=handle)[0]
-    combined, combined_weights, _ = buffer.combine(recv * 2, handle, topk_weights=weights)
+    recv, idx, weights, _, handle, _ = dispatch(buffer, routing, num_worst_tokens=num_worst_tokens, config=config)
+    cached = buffer.dispatch(routing.x, handle=handle, config=config)[0]
+    combined, combined_weights, _ = buffer.combine(recv * 2, handle, topk_weights=weights, config=config)
     return recv, cached, idx, weights, combined, combined_weights
 
 
@@ -104,6 +115,142 @@ def expect_everywhere(ctx: RankContext, recv: torch.Tensor, tokens: int, value: 
     for source in range(ctx.num_ranks):
         rows = recv[source * tokens : (source + 1) * tokens]
         assert bool((rows == value + source).all()), f"{what}: rows of rank {source}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Without a GPU
+
+
+class MemoryWithoutGpu:
+    """Stands in for `PeerMemory`: a pool of `room` bytes, and staging."""
+
+    def __init__(self) -> None:
+        self.block, self.room = torch.UntypedStorage(1 << 16), 1 << 16
+        self.bases, self.num_sharing = [self.block.data_ptr(), 1 << 20, 1 << 21, 1 << 22], 1
+        self.staging_bytes, self.staging_offset, self.leases = 0, -1, 0
+        self.asked: list[int] = []
+
+    def take(self, num_bytes: int, stream: int, capturing: bool) -> tuple[torch.UntypedStorage, int] | None:
+        self.asked.append(num_bytes)
+        return (self.block, 8192) if num_bytes <= self.room else None
+
+    def lease_staging(self) -> None:
+        self.leases += 1
+
+    def usage(self) -> dict[str, int]:
+        return {}
+
+
+def make_bare_kernels() -> CudaKernels:
+    """The kernels' host side on such memory, rank 0 of 4, without a device: for what needs none."""
+    kernels = CudaKernels.__new__(CudaKernels)
+    kernels.memory = MemoryWithoutGpu()
+    kernels._sources = SimpleNamespace(take=lambda *_: (kernels.memory.block, 256))
+    kernels.rank, kernels.num_ranks, kernels.timeout_s = 0, 4, 2.0
+    kernels.device, kernels._plans, kernels.launches = torch.device("cuda", 0), {}, {}
+    kernels._stream, kernels._capturing, kernels._launched, kernels._failure = 0, False, False, None
+    kernels._missing, kernels._push, kernels._push_number, kernels._num_sms = 0, None, 0, 132
+    return kernels
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One call against the portable engine, which gets CPU tensors: nothing of it runs on the GPU
+
+
+def on_cpu(routing: Routing) -> Routing:
+    return Routing(routing.x.cpu(), routing.idx.cpu(), routing.weights.cpu())
+
+
+def make_hard_rows(gen: torch.Generator, dtype: torch.dtype, num_rows: int, hidden: int) -> torch.Tensor:
+    """Rows of six kinds in turn: any bits, some NaN, some infinities, zeros of both signs, subnormals, all magnitudes."""
+    rows = torch.randn(num_rows, hidden, generator=gen)
+    rows *= torch.exp2(torch.randint(-30, 15, (num_rows, 1), generator=gen).float())
+    bits = torch.randint(0, 256, (num_rows, hidden * dtype.itemsize), dtype=torch.uint8, generator=gen)
+    chance = torch.rand(num_rows, hidden, generator=gen)
+    kind = (torch.arange(num_rows) % 6)[:, None]
+    nan = float("nan")
+    rows = torch.where((kind == 1) & (chance < 0.05), torch.where(chance < 0.02, nan, -nan), rows)
+    rows = torch.where((kind == 2) & (chance < 0.005), torch.copysign(torch.tensor(torch.inf), rows), rows)
+    rows = torch.where(kind == 3, torch.copysign(torch.tensor(0.0), rows), rows)
+    rows = torch.where(kind == 4, torch.finfo(dtype).smallest_normal * chance, rows)
+    rows = rows.to(dtype)
+    any_bits = bits.view(dtype) if num_rows else rows
+    return torch.where(kind == 0, any_bits, rows)
+
+
+def _heads(value: Any, count: int) -> tuple[torch.Tensor, ...]:
+    return tuple(part[:count] for part in (value if isinstance(value, tuple) else (value,)))
+
+
+def compare_dispatch(ctx: RankContext, buffer: Any, portable: Any, routing: Routing, what: str, **options: Any) -> Any:
+    """An uncached or worst-case dispatch on both: all results have the same bits.
+
+    Returns:
+        what the kernels' dispatch returned, and the handle of the portable engine.
+    """
+    options.setdefault("config", Config(16))  # or the handle's channels might differ
+    got, want = dispatch(buffer, routing, **options), dispatch(portable, on_cpu(routing), **options)
+    count = received(want[4], ctx.rank)
+    expect_bits(_heads(got[0], count), _heads(want[0], count), f"{what}: rows")
+    expect_bits(got[1], want[1], f"{what}: top-k, padding included")
+    expect_bits(got[2][:count], want[2][:count], f"{what}: weights")
+    expect_bits(got[3], want[3], f"{what}: counts")
+    expect_bits(got[4], want[4], f"{what}: handle")
+    return got, want[4]
+
+
+def compare_cached(
+    ctx: RankContext, pair: tuple[Any, Any], handles: tuple[Any, Any], x: torch.Tensor, what: str, **options: Any
+) -> Any:
+    """A cached dispatch on both; ``pair`` and ``handles``: of the kernels, then of the portable engine.
+
+    Returns:
+        rows, or rows and scales, of the kernels.
+    """
+    got = pair[0].dispatch(x, handle=handles[0], **options)[0]
+    want = pair[1].dispatch(x.cpu(), handle=handles[1], **options)[0]
+    count = received(handles[1], ctx.rank)
+    expect_bits(_heads(got, count), _heads(want, count), f"{what}: cached rows")
+    return got
+
+
+@dataclass
+class CombineInputs:
+    """Arguments of a combine on this rank, and what the portable engine makes of them."""
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    bias: Any
+    want: torch.Tensor
+    want_weights: torch.Tensor
+
+    @classmethod
+    def make(
+        cls, ctx: RankContext, portable: Any, handle: Any, hidden: int, dtype: torch.dtype, num_bias: int, seed: int
+    ) -> CombineInputs:
+        """``handle``: of the portable engine."""
+        num_rows, num_tokens = handle[3].shape[0], handle[5].shape[0]
+        gen = generator(204, ctx.rank, seed)
+        rows = make_rows(gen, "fp32", num_rows, hidden).to(dtype)
+        weights = torch.rand(num_rows, NUM_TOPK, generator=gen)
+        biases = [make_rows(gen, "fp32", num_tokens, hidden).to(dtype) for _ in range(num_bias)]
+        bias: Any = None if not biases else biases[0] if num_bias == 1 else tuple(biases)
+        want, want_weights, _ = portable.combine(rows, handle, topk_weights=weights, bias=bias)
+        return cls(*to_device((rows, weights, bias), ctx.device), want, want_weights)
+
+
+def rebuilt(handle: Any) -> Any:
+    """As a caller gets it back from saved tensors: only the values are left."""
+    return tuple(tensor.clone() for tensor in handle)
+
+
+def fill_pool(buffer: Any) -> list[torch.Tensor]:
+    """Take all that the pool of symmetric memory has, down to small pieces; it is full as long as they live."""
+    held = []
+    for size in (16 * MIB, 8 * MIB, 4 * MIB, 2 * MIB, MIB, 256 << 10, 64 << 10, 16 << 10, 4 << 10):
+        while (piece := buffer.runtime.memory.try_empty((size,), torch.uint8)) is not None:
+            held.append(piece)
+    return held
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -313,6 +313,20 @@ def test_overflow_of_a_replay_is_raised_by_check(on_cuda):
 # Failures
 
 
+def expect_recovery(ctx: RankContext, buffer) -> None:
+    """All ranks recover, and the buffer does what it did before: also rows that copy engines bring."""
+    ctx.barrier()
+    buffer.recover()
+    portable = make_buffer(ctx, "portable")
+    for step in range(4):
+        routing = make_routing(ctx, 210 + step, 30 + 50 * step, 512)
+        want = round_trip(portable, routing)
+        expect_bits(round_trip(buffer, routing), want, f"call {step} after a recovery")
+        fixed = round_trip(buffer, routing, (30 + 50 * step) * ctx.num_ranks)
+        expect_bits(fixed[4:], want[4:], f"worst-case call {step} after a recovery")
+    finished(buffer)
+
+
 def run_mismatch(ctx: RankContext, how: str):
     buffer = make_buffer(ctx, timeout_s=20)
     routing = make_routing(ctx, 150, hidden=128)
@@ -331,8 +345,10 @@ def run_mismatch(ctx: RankContext, how: str):
         finished(buffer)
 
     start = time.monotonic()
-    first = outcome(act)
-    return first, outcome(lambda: buffer.combine(recv, handle)), time.monotonic() - start
+    first, later = outcome(act), outcome(lambda: buffer.combine(recv, handle))
+    seconds = time.monotonic() - start
+    expect_recovery(ctx, buffer)
+    return first, later, seconds
 
 
 @pytest.mark.gpu(2)
@@ -355,12 +371,12 @@ def run_late(ctx: RankContext):
     finished(buffer)
     ctx.barrier()
     if ctx.rank == 1:
-        time.sleep(6)
+        time.sleep(3.5)
     start = time.monotonic()
     first = outcome(lambda: (dispatch(buffer, routing), finished(buffer)))
     seconds = time.monotonic() - start
     later = outcome(lambda: dispatch(buffer, routing))
-    ctx.barrier()
+    expect_recovery(ctx, buffer)
     return first, later, seconds
 
 
@@ -396,6 +412,106 @@ def test_a_killed_rank_is_named(num_ranks):
     for result in results[:-1]:
         assert result is not None
         assert result[:2] == ("CommTimeout", num_ranks - 1), result
+
+
+def run_refused_dispatch(ctx: RankContext, how: str):
+    """Each rank in turn passes a wrong argument; what all of them saw, and the buffer goes on."""
+    buffer, routing = make_buffer(ctx, timeout_s=20), make_routing(ctx, 190, 50, 256)
+    want = [t.clone() for t in round_trip(buffer, routing)]
+    handle = dispatch(buffer, routing)[4]
+    finished(buffer)
+    seen = []
+    for attempt in range(2 * ctx.num_ranks):
+        ctx.barrier()
+        x = routing.x[1:] if ctx.rank == attempt % ctx.num_ranks else routing.x
+        start = time.monotonic()
+        if how == "cached":
+            first = outcome(lambda x=x: buffer.dispatch(x, handle=handle))
+        else:
+            worst = 50 * ctx.num_ranks if how == "worst case" else 0
+            first = outcome(lambda x=x, worst=worst: dispatch(buffer, routing, x, num_worst_tokens=worst))
+        torch.cuda.synchronize()
+        seen.append((first, outcome(buffer.check), outcome(buffer.check), time.monotonic() - start))
+        expect_bits(round_trip(buffer, routing), tuple(want), f"after refusal {attempt}")
+        finished(buffer)
+    assert buffer.runtime.kernels.launches["dispatch_refuse"] == 2
+    return seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_ranks", "how"), [(2, "counted"), (2, "worst case"), (2, "cached"), (3, "counted")])
+def test_a_refused_dispatch_leaves_the_buffer_working(on_gpus, num_ranks, how):
+    on_gpus(num_ranks)
+    for rank, seen in enumerate(run_ranks(num_ranks, run_refused_dispatch, how)):
+        for attempt, (first, told, again, seconds) in enumerate(seen):
+            refuser = attempt % num_ranks
+            if rank == refuser:
+                assert first is not None and first[0] == "ConfigError" and told is None, (first, told)
+            else:
+                # Those whose host waits for counts know it at once, the others with the next check.
+                error, nothing = (first, told) if how == "counted" else (told, first)
+                assert error is not None and nothing is None, (first, told)
+                assert error[:2] == ("PeerError", refuser) and "gave the operation up" in error[2], error
+            assert again is None and seconds < 10
+
+
+def run_refused_combine(ctx: RankContext, in_place: bool):
+    buffer, routing = make_buffer(ctx, timeout_s=2.0), make_routing(ctx, 200, 50, 256, "none")
+    recv, _, _, _, handle, _ = dispatch(buffer, routing)
+    rows = recv if in_place else recv * 2
+    buffer.combine(rows, handle)
+    finished(buffer)
+    ctx.barrier()
+    first = outcome(lambda: buffer.combine(rows[1:] if ctx.rank == 0 else rows, handle))
+    torch.cuda.synchronize()  # ends, also where copies wait for the inbox of a rank that never opens it
+    told = outcome(buffer.check)
+    later = [
+        outcome(lambda: dispatch(buffer, routing)),
+        outcome(lambda: buffer.dispatch(routing.x, handle=handle)),
+        outcome(lambda: buffer.combine(rows, handle)),
+        outcome(lambda: buffer.empty_combine_input(handle, 256)),
+    ]
+    assert buffer.memory_usage()["mapped_bytes"] > 0
+    expect_recovery(ctx, buffer)
+    return first, told, later
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_refused_combine(on_gpus, in_place):
+    on_gpus(2)
+    refuser, other = run_ranks(2, run_refused_combine, in_place, timeout=40)
+    first, told, later = refuser
+    assert first is not None and first[0] == "ConfigError", first
+    assert told is not None and told[0] in ("CommTimeout", "PeerError") and told[1] == 1, told
+    assert [error and error[:2] for error in later] == [told[:2]] * 4
+    first, told, later = other
+    assert first is None and told is not None, (first, told)
+    assert told[:2] == ("PeerError", 0) and "combine: rank 0 gave the operation up" in told[2], told
+    assert later == [told] * 4
+
+
+def run_absent(ctx: RankContext):
+    """Rank 1 never comes to a combine, and goes straight to the recovery; once more without a failure."""
+    buffer, routing = make_buffer(ctx, timeout_s=1.5), make_routing(ctx, 205, 50, 256, "none")
+    recv, _, _, _, handle, _ = dispatch(buffer, routing)
+    rows = recv * 2
+    want = buffer.combine(rows, handle)[0].clone()
+    finished(buffer)
+    ctx.barrier()
+    seen = outcome(lambda: (buffer.combine(rows, handle), finished(buffer))) if ctx.rank == 0 else None
+    expect_recovery(ctx, buffer)
+    expect_bits(buffer.combine(rows, handle)[0], want, "a handle from before the failure")
+    expect_recovery(ctx, buffer)
+    return seen
+
+
+@pytest.mark.gpu
+def test_recovery_where_a_rank_never_came(on_gpus):
+    on_gpus(2)
+    seen, nothing = run_ranks(2, run_absent, timeout=40)
+    assert nothing is None and seen is not None
+    assert seen[:2] == ("CommTimeout", 1) and "combine: rank 0 waited 1.5 s" in seen[2], seen
 
 
 def run_expert_out_of_range(ctx: RankContext, value: int):

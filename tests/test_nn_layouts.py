@@ -14,6 +14,20 @@ from deep_ep.nn import Dispatched, ExpertRows, build_layout, permute_by_expert, 
 from deep_ep.nn.dispatched import make_carrier
 
 
+class CombineInputs:
+    """In place of a buffer: hands out what peers could read, and remembers it. The handle is the number of rows."""
+
+    def __init__(self):
+        self.given = []
+
+    def empty_combine_input(self, handle, hidden, dtype):
+        self.given.append(torch.empty((handle, hidden), dtype=dtype))
+        return self.given[-1]
+
+    def holds(self, tensor):
+        return any(t.data_ptr() == tensor.data_ptr() and t.shape == tensor.shape for t in self.given)
+
+
 def received(num_rows, num_topk, num_local, seed, *, hidden=32, dtype=torch.bfloat16, alignment=1, use_fp8=False):
     """A `Dispatched` as one rank would see it: distinct local experts per row, some absent."""
     g = torch.Generator().manual_seed(seed)
@@ -31,7 +45,8 @@ def received(num_rows, num_topk, num_local, seed, *, hidden=32, dtype=torch.bflo
     if use_fp8:
         rows, scales = fp8.quantize_1x128(rows.detach())
         carrier = make_carrier(num_rows, hidden, rows.device).requires_grad_()
-    return Dispatched(rows, scales, carrier, idx, weights.requires_grad_(), counts, pool, None, (), alignment)
+    weights.requires_grad_()
+    return Dispatched(rows, scales, carrier, idx, weights, counts, pool, CombineInputs(), num_rows, alignment)
 
 
 def pairs_by_expert(d):
@@ -158,6 +173,16 @@ def test_gradient_of_fp8_rows_comes_through_the_carrier():
             if slot >= 0:
                 want[r] += probe[slot].float()
     assert torch.equal(grad, want.bfloat16())
+
+
+@pytest.mark.parametrize("use_fp8", [False, True])
+def test_rows_of_a_combine_are_computed_where_peers_read_them(use_fp8):
+    d = received(9, 3, 4, 1, use_fp8=use_fp8)
+    rows = permute_by_expert(d, 4)
+    out = unpermute(rows.carrier * 1.0, rows)
+    assert d.buffer.holds(out) and len(d.buffer.given) == 1
+    grads = torch.autograd.grad(out.float().sum(), [d.carrier, d.topk_weights])
+    assert all(d.buffer.holds(grad) for grad in grads) and len(d.buffer.given) == 3
 
 
 @examples(20, num_rows=(0, 1, 23), num_topk=range(1, 5), num_local=range(1, 6), seed=range(100), use_fp8=(False, True))

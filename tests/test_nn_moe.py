@@ -225,6 +225,43 @@ def test_what_travels(precision):
         assert all(("float8_e4m3fn" in name) == (precision == "fp8") for name in r["gemms"])
 
 
+def calls_on_rank(ctx, case: Case) -> dict:
+    """What a forward and backward pass to the buffer, and whether the rows of its combines were computed in place."""
+    layer = case.layer(group=ctx.group)
+    buffer = layer.buffer
+    given, seen = [], {"dispatch": [], "combine": []}
+
+    def empty_combine_input(handle, hidden, dtype):
+        given.append(type(buffer).empty_combine_input(buffer, handle, hidden, dtype))
+        return given[-1]
+
+    def spy_dispatch(x, **kwargs):
+        seen["dispatch"].append((str(x.dtype), kwargs.get("use_fp8", False)))
+        return type(buffer).dispatch(buffer, x, **kwargs)
+
+    def spy_combine(x, handle, **kwargs):
+        tensors = [t for t in (x, kwargs.get("topk_weights")) if t is not None]
+        seen["combine"].append([any(t.data_ptr() == g.data_ptr() for g in given) for t in tensors])
+        return type(buffer).combine(buffer, x, handle, **kwargs)
+
+    buffer.empty_combine_input, buffer.dispatch, buffer.combine = empty_combine_input, spy_dispatch, spy_combine
+    try:
+        x, grad = case.batch()
+        own = slice_of(case.num_tokens, ctx.rank, ctx.num_ranks)
+        layer(x[own].requires_grad_()).backward(grad[own])
+    finally:
+        del buffer.empty_combine_input, buffer.dispatch, buffer.combine
+    return seen
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_calls_quantise_on_the_way_and_combine_without_a_copy(precision):
+    for seen in run_ranks(2, calls_on_rank, Case(precision=precision)):
+        # Tokens in the forward and gradients in the backward, both as they are: the dispatch itself makes them FP8.
+        assert seen["dispatch"] == [("torch.bfloat16", precision == "fp8")] * 2
+        assert seen["combine"] == [[True], [True, True]]  # outputs; gradients of rows and of weights
+
+
 @pytest.mark.parametrize("mode", ["reentrant", "saved"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_checkpointing_gives_the_same_bits(mode, precision):
@@ -292,6 +329,30 @@ def test_functional_gradients(fp8_gradients, tolerance):
         assert errors["out"] < 1e-2  # the forward is bf16 in both cases
         assert errors["x"] < tolerance and errors["weights"] < tolerance, errors
         assert errors["absent"] == 0.0 and errors["bias"]
+
+
+def gradients_on_rank(ctx, dtype: torch.dtype) -> list[float]:
+    """Error of each token's gradient after identity experts, gradients over many orders of magnitude."""
+    sizes = [2.0**-10, 0.0, 1.0, 256.0] if dtype == torch.float16 else [1e-18, 1e-9, 0.0, 1e-3, 1.0, 1e15]
+    g = torch.Generator().manual_seed(ctx.rank)
+    num_tokens = len(sizes)
+    idx = torch.arange(ctx.num_ranks).expand(num_tokens, -1)
+    x = torch.randn((num_tokens, 256), generator=g).to(dtype).requires_grad_()
+    d = dispatch(
+        x, idx, torch.ones(idx.shape), ctx.num_ranks, deep_ep.Buffer.get_or_grow(ctx.group), fp8_gradients=True
+    )
+    out = combine(d.rows * 1.0, d)
+    # Each rank's own range: a receiver has to get every sender's right.
+    grad = (torch.rand(out.shape, generator=g) + 1.0) * torch.tensor(sizes)[:, None] * 4.0**-ctx.rank
+    out.backward(grad.to(dtype))
+    want = grad.to(dtype).float() * ctx.num_ranks
+    return [relative_error(a, b) for a, b in zip(x.grad.float(), want, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_small_and_large_gradients_survive_fp8_together(dtype):
+    for errors in run_ranks(2, gradients_on_rank, dtype):
+        assert max(errors) < 5e-2, errors
 
 
 def train_on_rank(ctx, num_steps: int, state: dict | None) -> dict:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import harness
 import numpy as np
@@ -19,7 +20,7 @@ from deep_ep.train import checkpoint, report, session
 from deep_ep.train.cli import build_config
 from deep_ep.train.config import TrainConfig
 from deep_ep.train.data import Batches, Corpus, load_corpus, unigram
-from deep_ep.train.launch import World
+from deep_ep.train.launch import World, repeatable
 from deep_ep.train.loop import Trainer, TrainingDiverged
 from deep_ep.train.model import ByteTransformer, rotary_table, rotate
 from deep_ep.train.optim import Optimizer, lr_at
@@ -49,7 +50,7 @@ class Outcome:
     validation: list[float]
     grad_norm: list[float]
     traffic: dict[str, int]
-    dispatch_dtypes: dict[str, int]
+    buffers: list[dict[str, Any]]
     gemms: dict[str, int]
     operands: dict[str, int]
     weights: dict[str, torch.Tensor]
@@ -66,7 +67,7 @@ def outcome(trainer: Trainer) -> Outcome:
         validation=result["validation"]["loss"],
         grad_norm=result["curves"]["grad_norm"],
         traffic={k: v for k, v in result["summary"].items() if "bytes" in k},
-        dispatch_dtypes=result["dispatch_dtypes"],
+        buffers=result["buffers"],
         gemms={k: v for k, v in result["gemms"].items() if k != "operands"},
         operands=result["gemms"]["operands"],
         weights={name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()},
@@ -347,8 +348,14 @@ def test_fp8_is_on_the_wire_and_in_the_gemms(out: str) -> None:
     assert fp8.traffic["dispatch_bytes"] * 2 * hidden == fp8.traffic["dispatch_bytes_bf16"] * row
     assert bf16.traffic["dispatch_bytes"] == bf16.traffic["dispatch_bytes_bf16"]
     assert bf16.traffic["combine_bytes"] > 0
-    assert all("float8_e4m3fn" in name for name in fp8.dispatch_dtypes)
-    assert all("bfloat16" in name for name in bf16.dispatch_dtypes)
+    # Each MoE layer dispatches tokens in a forward, and gradients in the backward of a training step.
+    calls = TINY.layers * (2 * TINY.steps + TINY.val_batches * len(fp8.validation))
+    for run, dtype in ((fp8, "float8_e4m3fn"), (bf16, "bfloat16")):
+        (buffer,) = run.buffers  # all layers share it
+        assert buffer["engine"] == "portable"
+        assert buffer["traffic"]["dispatch_dtypes"] == {dtype: calls}
+        assert buffer["traffic"]["dispatch_calls"] == buffer["traffic"]["combine_calls"] == calls
+        assert buffer["kernel_launches"] == buffer["memory"] == {}
     assert fp8.gemms["fp8_gemms"] > 0
     assert fp8.gemms["bf16_gemms"] == 0
     assert bf16.gemms["fp8_gemms"] == 0
@@ -452,3 +459,59 @@ def diverge(ctx: harness.RankContext, config: TrainConfig) -> str:
 def test_a_loss_that_is_not_finite_is_an_error_on_every_rank() -> None:
     messages = harness.run_ranks(2, diverge, dataclasses.replace(TINY, ranks=2))
     assert all("step 1: the loss is nan" in message and "smaller --lr" in message for message in messages)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Kernels on GPUs
+
+
+# Sizes that torch's scaled GEMMs take: with smaller ones FP8 operands are multiplied in FP32.
+ON_GPUS = dataclasses.replace(
+    TINY, ranks=2, device="cuda", steps=5, seq=64, hidden=256, heads=4, experts=6, intermediate=128
+)
+
+
+def trained_by_both_engines(ctx: harness.RankContext, config: TrainConfig, precision: str) -> dict[str, Outcome]:
+    outcomes = {}
+    for engine in ("cuda", "portable"):
+        with harness.environ(DEEP_EP_ENGINE=engine), repeatable(ctx.device):
+            trainer = make_trainer(ctx, config, precision)
+            try:
+                trainer.evaluate()
+                for _ in range(config.steps):
+                    trainer.train_step()
+                trainer.evaluate()
+                outcomes[engine] = outcome(trainer)
+            finally:
+                trainer.close()
+    return outcomes
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_training_on_kernels_has_the_bits_of_the_portable_engine(precision: str, on_gpus: Any) -> None:
+    on_gpus(2)
+    calls = ON_GPUS.layers * (2 * ON_GPUS.steps + 2 * ON_GPUS.val_batches)
+    for rank in harness.run_ranks(2, trained_by_both_engines, ON_GPUS, precision):
+        got, want = rank["cuda"], rank["portable"]
+        assert got.train == want.train
+        assert got.validation == want.validation
+        assert got.grad_norm == want.grad_norm
+        assert got.operands == want.operands
+        assert got.traffic == want.traffic  # of both ranks
+        for name, tensor in want.weights.items():
+            harness.expect_bits(got.weights[name], tensor, name)
+        assert got.train[-1] < got.train[0]
+        (kernels,), (plain,) = got.buffers, want.buffers
+        assert (kernels["engine"], plain["engine"]) == ("cuda", "portable")
+        assert kernels["traffic"]["dispatch_dtypes"] == plain["traffic"]["dispatch_dtypes"]
+        assert plain["kernel_launches"] == plain["memory"] == {}
+        launches = kernels["kernel_launches"]
+        rows, other = ("dispatch_rows_fp8", "dispatch_rows") if precision == "fp8" else ("dispatch_rows",) * 2
+        # A dispatch whose guess at the number of rows was too small places them once more.
+        assert launches[rows] >= kernels["traffic"]["dispatch_calls"] == calls
+        assert other == rows or other not in launches
+        assert launches["combine_rows"] == kernels["traffic"]["combine_calls"] == calls
+        # The rows of every combine were computed where the peers read them.
+        assert not launches.keys() & {"push", "dispatch_combine_copy"}
+        assert kernels["memory"]["mapped_bytes"] > 0

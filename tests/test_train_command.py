@@ -100,7 +100,7 @@ def fake_result(fp8: float, bf16: float, sent: int) -> dict[str, object]:
             "steps": 1, "train_loss": loss, "validation_loss": loss, "tokens_per_s": 1.0, "seconds": 1.0,
             "load_max": 1.0, "load_min": 1.0, "dispatch_bytes": sent, "dispatch_bytes_bf16": 256, "combine_bytes": 256,
         }  # fmt: skip
-        return {"summary": summary}
+        return {"summary": summary, "buffers": [{"kernel_launches": {}}]}
 
     runs = {"fp8": run(fp8, sent), "bf16": run(bf16, 256)}
     unigram_values = {"cross_entropy": 3.0, "entropy": 3.0}
@@ -203,9 +203,11 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
-def run_command(*command: str) -> subprocess.CompletedProcess[str]:
+def run_command(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, *command]
-    return subprocess.run(program, env=ENV, cwd=harness.REPO_ROOT, capture_output=True, text=True, timeout=150)
+    return subprocess.run(
+        program, env={**ENV, **env}, cwd=harness.REPO_ROOT, capture_output=True, text=True, timeout=150
+    )
 
 
 def test_command_line_compares_checks_and_resumes(tmp_path: Path) -> None:
@@ -225,6 +227,10 @@ def test_command_line_compares_checks_and_resumes(tmp_path: Path) -> None:
         assert run["validation"]["step"] == [0, 2, 3]
         assert all(len(values) == 3 for values in run["curves"].values())
         assert run["summary"]["tokens"] == 3 * 4 * 32
+        (buffer,) = run["buffers"]
+        assert buffer["engine"] == result["environment"]["engine"] == "portable"
+        assert buffer["traffic"]["dispatch_calls"] == buffer["traffic"]["combine_calls"] > 0
+        assert buffer["kernel_launches"] == buffer["memory"] == {}
     if (tmp_path / "curves.png").exists():
         assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     else:
@@ -245,3 +251,20 @@ def test_command_line_under_torchrun(tmp_path: Path) -> None:
     assert result["environment"]["ranks"] == 2
     assert list(result["runs"]) == ["fp8"]
     assert done.stdout.count("standard library text") == 1
+
+
+@pytest.mark.gpu(2)
+def test_command_line_on_gpus_proves_its_kernels(tmp_path: Path) -> None:
+    flags = ["--ranks=2", "--compare", *TINY_FLAGS, "--device=cuda", f"--out={tmp_path}"]
+    done = run_command("-m", "deep_ep", "train", *flags, DEEP_EP_ENGINE="cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "train.json").read_text())
+    assert result["environment"]["engine"] == "cuda"
+    for precision, rows in (("fp8", "dispatch_rows_fp8"), ("bf16", "dispatch_rows")):
+        (buffer,) = result["runs"][precision]["buffers"]
+        launches, traffic = buffer["kernel_launches"], buffer["traffic"]
+        assert buffer["engine"] == "cuda"
+        assert launches[rows] >= traffic["dispatch_calls"] > 0
+        assert launches["combine_rows"] == traffic["combine_calls"] > 0
+        assert buffer["memory"]["mapped_bytes"] > 0
+        assert f"{rows} {launches[rows]}" in done.stdout

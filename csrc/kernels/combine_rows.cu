@@ -12,10 +12,10 @@
 namespace deep_ep {
 namespace {
 
-constexpr int kMaxWarps = 14;
+constexpr int kMaxWarps = 7;
 constexpr int kNumStages = 2;
-// 7 vectors of 16 bytes a lane: a row of 14,336 bytes is four pieces.
-constexpr int kVectorsPerLane = 7;
+// 14 vectors of 16 bytes a lane: a row of 14,336 bytes is two pieces. Shorter ones cost more instructions for each byte.
+constexpr int kVectorsPerLane = 14;
 constexpr int kPieceBytes = kVectorsPerLane * 32 * 16;
 constexpr int kStageBytes = 2 * kPieceBytes;  // rows are summed in pairs, as long as there are two
 constexpr int kSharedBytes = kMaxWarps * kNumStages * kStageBytes;
@@ -62,15 +62,31 @@ struct ReadAhead {
     int piece, end;       // of the job
     unsigned mask, left;  // ranks that have the token, and those of this piece that are still to be read
     const uint8_t* from;  // in lane r: the row at rank r
-    int32_t row;          // in lane r: its number there
-    int32_t next_head;    // the same for the job after, fetched early
-    uint64_t arrived;     // in lane r: how far rank r has pushed its rows
-    int num_read;         // pairs
-    bool is_broken;       // a peer did not push its rows: nothing more is read
+    const uint8_t* first_two[2];  // the rows at the lowest two ranks of the mask, in all lanes
+    int32_t row;                  // in lane r: its number there
+    int32_t next_head;            // the same for the job after, fetched early
+    uint64_t arrived;             // in lane r: how far rank r has pushed its rows
+    int num_read;                 // pairs
+    bool is_broken;               // a peer did not push its rows: nothing more is read
 };
 
 template <class Type, int kPerVector>
 using Vector = Pack<typename Type::Storage, kPerVector>;
+
+__device__ __forceinline__ const uint8_t* from_lane(const uint8_t* pointer, int lane) {
+    return reinterpret_cast<const uint8_t*>(
+        __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
+// The first part of a sum. It begins with +0, which matters for -0 alone; rounding to bf16 sees to that (VectorRounder).
+template <class Type, int kPerVector>
+__device__ __forceinline__ void begin_sum(float (&sum)[kPerVector], const Vector<Type, kPerVector>& part) {
+    widen_vector<Type, kPerVector>(part, sum);
+    if constexpr (!VectorRounder<Type, kPerVector>::kMakesZeroPositive) {
+#pragma unroll
+        for (int i = 0; i < kPerVector; ++i) sum[i] = __fadd_rn(sum[i], 0.0f);
+    }
+}
 
 template <class Type, int kPerVector>
 __device__ __forceinline__ void add(float (&sum)[kPerVector], const Vector<Type, kPerVector>& part) {
@@ -82,7 +98,7 @@ __device__ __forceinline__ void add(float (&sum)[kPerVector], const Vector<Type,
 
 // kAtMostTwo: no token has more than two rows, and there is no bias, so no sums have to be kept in registers.
 template <class Type, bool kAtMostTwo>
-__global__ void __launch_bounds__(kMaxWarps * 32)
+__global__ void __launch_bounds__(kMaxWarps * 32, 1)
     combine_rows(const __grid_constant__ CombineRowsArgs args, const Pieces pieces, const int job_pieces) {
     constexpr int kPerVector = 16 / sizeof(typename Type::Storage);
     using Vec = Vector<Type, kPerVector>;
@@ -132,11 +148,15 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
             return min((job.piece + 1) * job_pieces, pieces.count);
         };
 
-        ReadAhead ahead{start, 0, 0, 0, 0, nullptr, 0, head_of(start), 0, 0, false};
+        ReadAhead ahead{start, 0, 0, 0, 0, nullptr, {}, 0, head_of(start), 0, 0, false};
         auto open = [&] {
             ahead.row = ahead.next_head;
             ahead.from = source + ahead.row * pieces.row_bytes;
             ahead.mask = ahead.left = __ballot_sync(kAllLanes, ahead.row >= 0);
+            if (kAtMostTwo && ahead.mask != 0) {
+                ahead.first_two[0] = from_lane(ahead.from, __ffs(ahead.mask) - 1);
+                ahead.first_two[1] = from_lane(ahead.from, 31 - __clz(ahead.mask));
+            }
             ahead.piece = first_piece(ahead.job);
             ahead.end = end_piece(ahead.job);
             PieceWalk after = ahead.job;
@@ -153,7 +173,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
             }
             return __all_sync(kAllLanes, here) != 0;
         };
-        // Starts to read the next one or two rows into a stage, each by the lane that knows where the row is.
+        // Starts to read the next one or two rows into a stage.
         auto read_next = [&](int stage) {
             while (ahead.left == 0) {
                 if (ahead.job.row >= args.num_tokens) return;
@@ -172,13 +192,19 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
             }
             ahead.left = rest ^ upper;
             ++ahead.num_read;
-            if ((pair >> lane & 1u) == 0) return;
+            const uint8_t* rows[2] = {ahead.first_two[0], ahead.first_two[1]};
+            if (!kAtMostTwo) {
+                rows[0] = from_lane(ahead.from, __ffs(lower) - 1);
+                rows[1] = from_lane(ahead.from, upper != 0 ? __ffs(upper) - 1 : 0);
+            }
+            if (lane != 0) return;
             const uint32_t bytes = pieces.size(ahead.piece);
-            const bool is_lower = lower >> lane & 1u;
+            const int64_t begin = pieces.begin(ahead.piece);
+            uint8_t* to = ring + stage * kStageBytes;
             uint64_t* barrier = &loaded[warp][stage];
-            if (is_lower) ptx::mbarrier_arrive_expect(barrier, upper != 0 ? 2 * bytes : bytes);
-            ptx::bulk_load(ring + stage * kStageBytes + (is_lower ? 0 : kPieceBytes),
-                           ahead.from + pieces.begin(ahead.piece), bytes, barrier);
+            ptx::mbarrier_arrive_expect(barrier, upper != 0 ? 2 * bytes : bytes);
+            ptx::bulk_load(to, rows[0] + begin, bytes, barrier);
+            if (upper != 0) ptx::bulk_load(to + kPieceBytes, rows[1] + begin, bytes, barrier);
         };
         if (ahead.job.row < args.num_tokens) {
             open();
@@ -235,8 +261,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
                 }
 #pragma unroll
                 for (int v = 0; v < kVectorsPerLane; ++v) {
-                    float sum[kPerVector] = {};
-                    add<Type>(sum, lower[v]);
+                    float sum[kPerVector];
+                    begin_sum<Type>(sum, lower[v]);
                     // An absent row is +0, which changes no sum that began with +0.
                     add<Type>(sum, upper[v]);
                     lower[v] = rounder.round(sum);
@@ -319,17 +345,16 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
 template <class Type>
 void launch(const CombineRowsArgs& args, int num_sms, cudaStream_t stream) {
     const int64_t row_bytes = args.hidden * static_cast<int64_t>(sizeof(typename Type::Storage));
-    const auto num_pieces = static_cast<int>((row_bytes + kPieceBytes - 1) / kPieceBytes);
-    const Pieces pieces{row_bytes, kPieceBytes, num_pieces};
+    const Pieces pieces = equal_pieces(row_bytes, kPieceBytes);
     // Whole tokens cost fewer instructions; with few of them their pieces go to different warps.
     const bool many = args.num_tokens >= 8 * num_sms * kMaxWarps;
-    const int64_t jobs = static_cast<int64_t>(args.num_tokens) * (many ? 1 : num_pieces);
+    const int64_t jobs = static_cast<int64_t>(args.num_tokens) * (many ? 1 : pieces.count);
     check_limit(jobs, INT32_MAX / 2, "combine_rows", "the number of pieces of all rows");
     const auto blocks =
         static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(num_sms, (jobs + 3) / 4)));
     auto* const kernel = args.num_biases == 0 && args.domain.num_ranks <= 2 ? combine_rows<Type, true>
                                                                             : combine_rows<Type, false>;
-    kernel<<<blocks, kMaxWarps * 32, kSharedBytes, stream>>>(args, pieces, many ? num_pieces : 1);
+    kernel<<<blocks, kMaxWarps * 32, kSharedBytes, stream>>>(args, pieces, many ? pieces.count : 1);
     check_launch("combine_rows");
 }
 

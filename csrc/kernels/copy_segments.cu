@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kNumWarps * 32)
         if (segment.from == nullptr) {
             for (int j = 0; j < kPieceBytes / 16; ++j)
                 reinterpret_cast<uint4*>(own)[j] = {~0u, ~0u, ~0u, ~0u};
-            ptx::fence_proxy_async();
+            ptx::fence_proxy_async_shared();
             for (int64_t at = first; at < segment.bytes; at += step) {
                 ptx::bulk_store(segment.to + at, own,
                                 min(segment.bytes - at, static_cast<int64_t>(kPieceBytes)));

@@ -9,7 +9,8 @@ namespace deep_ep {
 namespace {
 
 constexpr int kNumThreads = 1024;
-constexpr int kNumWarps = kNumThreads / 32;
+constexpr int kNumWarps = kNumThreads / 32 - 1;  // that share the tokens; the last one tells the host
+constexpr int kBatch = 4;                        // groups of 32 tokens that a warp reads together
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 // Each warp owns a contiguous range of tokens, so that running numbers follow the token order.
@@ -22,11 +23,67 @@ __device__ TokenRange tokens_of_warp(int num_tokens, int warp) {
     return {min(warp * share, num_tokens), min((warp + 1) * share, num_tokens)};
 }
 
+// Whether this lane's tokens of a batch go to a rank. Read together: one after the other they would cost a latency each.
+struct Goes {
+    bool v[kBatch];
+};
+
+__device__ __forceinline__ Goes read_goes(const DispatchNotifyArgs& args, int first, int end, int rank,
+                                          int lane) {
+    Goes goes;
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+        const int token = first + b * 32 + lane;
+        goes.v[b] = token < end &&
+                    args.is_token_in_rank[static_cast<int64_t>(token) * args.domain.num_ranks + rank] != 0;
+    }
+    return goes;
+}
+
+// What the host waits for, or, with a fixed capacity, whether that is too small. By one warp.
+__device__ void tell_host(const DispatchNotifyArgs& args, uint64_t epoch, const int* totals, int lane) {
+    const Domain& domain = args.domain;
+    const int num_ranks = domain.num_ranks, rank = domain.rank;
+    HostRecord* host = domain.host;
+    const bool overflows =
+        lane < num_ranks && totals[lane] > sync::announcement(domain, lane, rank, epoch)->capacity;
+    const unsigned overflowing = __ballot_sync(kAllLanes, overflows);
+    if (args.fixed_capacity) {
+        // It has no host to tell its counts to: it may run when the host already waits for those of a later call.
+        if (lane != 0 || overflowing == 0) return;
+        const int first = __ffs(overflowing) - 1;
+        host->overflow_rank = first;
+        host->overflow_capacity = sync::announcement(domain, first, rank, epoch)->capacity;
+        ptx::fence_acq_rel_sys();
+        host->overflow_total = totals[first];
+        return;
+    }
+    for (int i = lane; i < num_ranks * num_ranks; i += 32) {
+        host->send_counts[i] =
+            sync::announcement(domain, i / num_ranks, rank, epoch)->send_counts[i % num_ranks];
+    }
+    const ExpertRange local = expert_range(args.num_experts, num_ranks, rank);
+    for (int e = lane; e < local.count; e += 32) {
+        int sum = 0;
+        for (int src = 0; src < num_ranks; ++src) {
+            sum += sync::announcement(domain, src, rank, epoch)->expert_counts[e];
+        }
+        host->expert_counts[e] = sum;
+    }
+    __syncwarp();
+    if (lane != 0) return;
+    host->num_recv = totals[rank];
+    host->fits = overflowing == 0;
+    ptx::fence_acq_rel_sys();
+    host->epoch = epoch;
+}
+
 // One block: it waits for peers, so more would only hold more SMs.
 __global__ void __launch_bounds__(kNumThreads)
     dispatch_notify(const __grid_constant__ DispatchNotifyArgs args) {
     __shared__ int channel_counts[kMaxPeers][kMaxChannels];
-    __shared__ int warp_counts[kNumWarps][kMaxPeers];
+    __shared__ int warp_counts[kNumWarps + 1][kMaxPeers];
+    __shared__ int32_t own_counts[kMaxPeers];
     __shared__ int first_row[kMaxPeers];
     __shared__ int all_here;
     const Domain& domain = args.domain;
@@ -42,18 +99,28 @@ __global__ void __launch_bounds__(kNumThreads)
         channel_counts[i / num_channels][i % num_channels] = 0;
     }
     if (threadIdx.x == 0) all_here = 1;
+    if (threadIdx.x < num_ranks) own_counts[threadIdx.x] = args.num_tokens_per_rank[threadIdx.x];
     __syncthreads();
 
     // Tokens of this warp for each rank, and of each channel.
     const TokenRange range = tokens_of_warp(args.num_tokens, warp);
     int mine = 0;  // in lane r: tokens of this warp for rank r
-    for (int token = range.begin + lane; token - lane < range.end; token += 32) {
+    for (int first = range.begin; first < range.end; first += 32 * kBatch) {
         for (int r = 0; r < num_ranks; ++r) {
-            const bool goes =
-                token < range.end && args.is_token_in_rank[static_cast<int64_t>(token) * num_ranks + r] != 0;
-            const unsigned votes = __ballot_sync(kAllLanes, goes);
-            if (lane == r) mine += __popc(votes);
-            if (goes) atomicAdd(&channel_counts[r][token / channel_tokens], 1);
+            const Goes goes = read_goes(args, first, range.end, r, lane);
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) {
+                const unsigned votes = __ballot_sync(kAllLanes, goes.v[b]);
+                if (lane == r) mine += __popc(votes);
+                // Most often the 32 tokens are of one channel.
+                const int begin = first + b * 32, channel = begin / channel_tokens;
+                if (begin >= range.end) break;
+                if (begin + 32 <= (channel + 1) * channel_tokens) {
+                    if (lane == 0 && votes != 0) atomicAdd(&channel_counts[r][channel], __popc(votes));
+                } else if (goes.v[b]) {
+                    atomicAdd(&channel_counts[r][(begin + lane) / channel_tokens], 1);
+                }
+            }
         }
     }
     warp_counts[warp][lane] = mine;
@@ -71,7 +138,7 @@ __global__ void __launch_bounds__(kNumThreads)
     // Announce: every warp writes to the peers it owns.
     for (int peer = warp; peer < num_ranks; peer += kNumWarps) {
         Announcement* message = sync::open_announcement(domain, peer, epoch);
-        for (int r = lane; r < num_ranks; r += 32) message->send_counts[r] = args.num_tokens_per_rank[r];
+        for (int r = lane; r < num_ranks; r += 32) message->send_counts[r] = own_counts[r];
         for (int c = lane; c < num_channels; c += 32) {
             message->channel_start[c] = c == 0 ? 0 : channel_counts[peer][c - 1];
         }
@@ -117,41 +184,8 @@ __global__ void __launch_bounds__(kNumThreads)
         totals[dst] = sum;
     }
     __syncthreads();
-    HostRecord* host = domain.host;
-    if (!args.fixed_capacity) {
-        for (int i = threadIdx.x; i < num_ranks * num_ranks; i += kNumThreads) {
-            host->send_counts[i] =
-                sync::announcement(domain, i / num_ranks, rank, epoch)->send_counts[i % num_ranks];
-        }
-        const ExpertRange local = expert_range(args.num_experts, num_ranks, rank);
-        for (int e = threadIdx.x; e < local.count; e += kNumThreads) {
-            int sum = 0;
-            for (int src = 0; src < num_ranks; ++src) {
-                sum += sync::announcement(domain, src, rank, epoch)->expert_counts[e];
-            }
-            host->expert_counts[e] = sum;
-        }
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) {
-        int overflowing = -1;
-        for (int dst = num_ranks - 1; dst >= 0; --dst) {
-            if (totals[dst] > sync::announcement(domain, dst, rank, epoch)->capacity) overflowing = dst;
-        }
-        if (!args.fixed_capacity) {
-            // The host waits for these. A worst-case dispatch has no host to tell: it may run when the host already
-            // waits for the counts of a later call.
-            host->num_recv = totals[rank];
-            host->fits = overflowing < 0;
-            ptx::fence_acq_rel_sys();
-            host->epoch = epoch;
-        } else if (overflowing >= 0) {
-            host->overflow_rank = overflowing;
-            host->overflow_capacity = sync::announcement(domain, overflowing, rank, epoch)->capacity;
-            ptx::fence_acq_rel_sys();
-            host->overflow_total = totals[overflowing];
-        }
-    }
+    // The last warp, which has no tokens, tells the host; the others go on.
+    if (warp == kNumWarps) tell_host(args, epoch, totals, lane);
 
     // The handle: rows at the destinations, and where channels start in what arrives.
     for (int i = threadIdx.x; i < num_ranks * num_channels; i += kNumThreads) {
@@ -163,14 +197,19 @@ __global__ void __launch_bounds__(kNumThreads)
         next = first_row[lane];
         for (int w = 0; w < warp; ++w) next += warp_counts[w][lane];
     }
-    for (int token = range.begin + lane; token - lane < range.end; token += 32) {
+    for (int first = range.begin; first < range.end; first += 32 * kBatch) {
         for (int r = 0; r < num_ranks; ++r) {
-            const int64_t i = static_cast<int64_t>(token) * num_ranks + r;
-            const bool goes = token < range.end && args.is_token_in_rank[i] != 0;
-            const unsigned votes = __ballot_sync(kAllLanes, goes);
-            const int before = __shfl_sync(kAllLanes, next, r) + __popc(votes & ((1u << lane) - 1));
-            if (token < range.end) args.send_head[i] = goes ? before : -1;
-            if (lane == r) next += __popc(votes);
+            const Goes goes = read_goes(args, first, range.end, r, lane);
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) {
+                const int token = first + b * 32 + lane;
+                const unsigned votes = __ballot_sync(kAllLanes, goes.v[b]);
+                const int before = __shfl_sync(kAllLanes, next, r) + __popc(votes & ((1u << lane) - 1));
+                if (token < range.end) {
+                    args.send_head[static_cast<int64_t>(token) * num_ranks + r] = goes.v[b] ? before : -1;
+                }
+                if (lane == r) next += __popc(votes);
+            }
         }
     }
 }

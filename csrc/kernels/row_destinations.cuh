@@ -17,6 +17,7 @@ struct Destination {
     float* topk_weights;
     int32_t* src_idx;
     int64_t capacity;
+    ExpertRange experts;  // of the peer
 };
 
 template <class T>
@@ -50,18 +51,22 @@ __device__ inline bool await_destinations(const DispatchRowsArgs& args, uint64_t
         if (here) {
             const Announcement* theirs = sync::announcement(domain, peer, domain.rank, epoch);
             uint8_t* base = domain.base[peer];
-            destinations[peer] = {at<uint8_t>(base, theirs->rows),     at<uint8_t>(base, theirs->scales),
-                                  at<uint8_t>(base, theirs->topk_idx), at<float>(base, theirs->topk_weights),
-                                  at<int32_t>(base, theirs->src_idx),  theirs->capacity};
+            destinations[peer] = {at<uint8_t>(base, theirs->rows),
+                                  at<uint8_t>(base, theirs->scales),
+                                  at<uint8_t>(base, theirs->topk_idx),
+                                  at<float>(base, theirs->topk_weights),
+                                  at<int32_t>(base, theirs->src_idx),
+                                  theirs->capacity,
+                                  expert_range(args.num_experts, domain.num_ranks, peer)};
         }
     }
     return __syncthreads_and(here) != 0;
 }
 
 template <class Index>
-__device__ void send_topk(const DispatchRowsArgs& args, const Destination& to, int peer, int token,
-                          int64_t row, int lane) {
-    const ExpertRange range = expert_range(args.num_experts, args.domain.num_ranks, peer);
+__device__ void send_topk(const DispatchRowsArgs& args, const Destination& to, int token, int64_t row,
+                          int lane) {
+    const ExpertRange range = to.experts;
     for (int k = lane; k < args.num_topk; k += 32) {
         const int64_t i = static_cast<int64_t>(token) * args.num_topk + k;
         const Index expert = static_cast<const Index*>(args.topk_idx)[i];
@@ -73,14 +78,14 @@ __device__ void send_topk(const DispatchRowsArgs& args, const Destination& to, i
 }
 
 // What goes with a row besides its scales, by ordinary stores of the warp.
-__device__ inline void send_routing(const DispatchRowsArgs& args, const Destination& to, int peer, int token,
+__device__ inline void send_routing(const DispatchRowsArgs& args, const Destination& to, int token,
                                     int64_t row, int lane) {
     if (to.src_idx != nullptr && lane == 0) to.src_idx[row] = token;
     if (to.topk_idx == nullptr) return;
     if (args.topk_is_int64) {
-        send_topk<int64_t>(args, to, peer, token, row, lane);
+        send_topk<int64_t>(args, to, token, row, lane);
     } else {
-        send_topk<int32_t>(args, to, peer, token, row, lane);
+        send_topk<int32_t>(args, to, token, row, lane);
     }
 }
 

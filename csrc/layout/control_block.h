@@ -49,6 +49,8 @@ struct alignas(16) ControlBlock {
 
 constexpr uint64_t kRefusedSignature =
     ~uint64_t{0};  // in place of a signature: the sender gave the operation up
+// In place of a number, above any: copies no longer wait for an inbox. (They compare by a signed difference.)
+constexpr uint64_t kInboxReleased = uint64_t{1} << 62;
 
 constexpr int kMaxLayoutExperts = 4096;
 
@@ -90,6 +92,7 @@ struct Domain {
     int num_ranks;
     int rank;
     HostRecord* host;  // as the device addresses it
+    int fills_link;    // blocks of bulk copies that fill the GPU's links
     uint64_t timeout_ns;
     uint64_t warn_ns;     // a wait that lasts longer is told to the host, once
     uint32_t delay_seed;  // not 0: seeded delays at every signal and wait

@@ -96,10 +96,46 @@ __device__ __forceinline__ void widen_vector(const Pack<typename Type::Storage, 
     }
 }
 
-// Rounds vectors with the bits of Type::round. For bf16, NaN is looked for once in all of them: round() leaves the pattern
+// The largest magnitude of 16-bit values, two at a time. NaN is ignored.
+template <class Type>
+struct Magnitude {
+    float value = 0.0f;
+    template <int kCount>
+    __device__ __forceinline__ void add(const Pack<typename Type::Storage, kCount>& part) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) value = fmaxf(value, fabsf(Type::widen(part.v[i])));
+    }
+    __device__ __forceinline__ float get() const { return value; }
+};
+
+template <>
+struct Magnitude<Bf16> {
+    __nv_bfloat162 value{__ushort_as_bfloat16(0), __ushort_as_bfloat16(0)};
+    __device__ __forceinline__ void add(const Pack<uint16_t, 8>& part) {
+        const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&part);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) value = __hmax2(value, __habs2(pairs[i]));
+    }
+    __device__ __forceinline__ float get() const { return fmaxf(__low2float(value), __high2float(value)); }
+};
+
+template <>
+struct Magnitude<Fp16> {
+    __half2 value{__ushort_as_half(0), __ushort_as_half(0)};
+    __device__ __forceinline__ void add(const Pack<uint16_t, 8>& part) {
+        const auto* pairs = reinterpret_cast<const __half2*>(&part);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) value = __hmax2(value, __habs2(pairs[i]));
+    }
+    __device__ __forceinline__ float get() const { return fmaxf(__low2float(value), __high2float(value)); }
+};
+
+// Rounds vectors with the bits of Type::round. For bf16, zeros become +0 (a sum of bf16 values that is not 0 never rounds
+// to 0, so this stands for the +0 that sums begin with), and NaN is looked for once in all of them: round() leaves the pattern
 // of the conversion instruction, 0x7FFF, and settle() puts 0x7FC0 in its place where any was seen.
 template <class Type, int kCount>
 struct VectorRounder {
+    static constexpr bool kMakesZeroPositive = false;
     using Result = Pack<typename Type::Storage, kCount>;
     __device__ __forceinline__ Result round(const float (&v)[kCount]) {
         Result result;
@@ -113,6 +149,7 @@ struct VectorRounder {
 
 template <>
 struct VectorRounder<Bf16, 8> {
+    static constexpr bool kMakesZeroPositive = true;
     using Result = Pack<uint16_t, 8>;
     __nv_bfloat162 largest{__ushort_as_bfloat16(0), __ushort_as_bfloat16(0)};  // NaN once one was seen
 
@@ -121,7 +158,8 @@ struct VectorRounder<Bf16, 8> {
         auto* pairs = reinterpret_cast<__nv_bfloat162*>(&result);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            pairs[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+            pairs[i] = __hadd2_rn(__floats2bfloat162_rn(v[2 * i], v[2 * i + 1]),
+                                  __nv_bfloat162{__ushort_as_bfloat16(0), __ushort_as_bfloat16(0)});
             largest = __hmax2_nan(largest, pairs[i]);
         }
         return result;

@@ -12,12 +12,29 @@
 namespace deep_ep {
 namespace {
 
-// The home sums a chunk while the next one travels, so the last one should be short; each costs a copy's start, about 3 us.
-constexpr int kMaxChunks = 8;
-constexpr int64_t kMinChunkBytes = 2 << 20;
+// The home sums a chunk while the next ones travel. The first is short, since the home waits for it, and the last ones are,
+// since it sums them when all have come.
+constexpr int64_t kMinChunkBytes = 3 << 20;
+constexpr int kParts = 16;  // of all rows
+constexpr int kNumPlans = 3;
+constexpr int kMaxChunks = 4;
+constexpr int kNumChunks[kNumPlans] = {1, 2, 4};
+constexpr int kEnds[kNumPlans][kMaxChunks] = {{16}, {8, 16}, {2, 8, 14, 16}};
 
 CUdeviceptr address_of(const volatile uint64_t* word) {
     return reinterpret_cast<CUdeviceptr>(word);
+}
+
+void* make_stream() {
+    cudaStream_t stream = nullptr;
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+    return stream;
+}
+
+void* make_event() {
+    cudaEvent_t event = nullptr;
+    check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+    return event;
 }
 
 ControlBlock* control(const Domain& domain, int rank) {
@@ -27,12 +44,9 @@ ControlBlock* control(const Domain& domain, int rank) {
 }  // namespace
 
 PushCopies::PushCopies(const Domain& domain) : domain_(domain) {
-    cudaStream_t stream = nullptr;
-    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
-    stream_ = stream;
-    cudaEvent_t event = nullptr;
-    check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
-    rows_ready_ = event;
+    stream_ = make_stream();
+    mark_stream_ = make_stream();
+    rows_ready_ = make_event();
 }
 
 PushCopies::~PushCopies() {
@@ -59,21 +73,23 @@ void PushCopies::mark_ready(Stream stream) {
 void PushCopies::push(uint64_t number, uintptr_t rows, int64_t row_bytes,
                       const std::vector<int32_t>& recv_counts, const std::vector<uintptr_t>& inbox_at) {
     auto* const stream = static_cast<cudaStream_t>(stream_);
+    auto* const marks = static_cast<cudaStream_t>(mark_stream_);
     const Driver& api = driver();
     check_cuda(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(rows_ready_), 0), "ordering streams");
     const int num_ranks = domain_.num_ranks, rank = domain_.rank;
     struct Block {
         int home;
-        int64_t first, count, done, chunk;
+        int64_t first, count;
+        int plan;
     };
     std::vector<Block> blocks;
     int64_t first_row = 0;
     for (int home = 0; home < num_ranks; ++home) {
         const int64_t count = recv_counts[home];
         if (home != rank && count > 0) {
-            const int64_t pieces = std::clamp<int64_t>(count * row_bytes / kMinChunkBytes, 1,
-                                                       std::max(kMaxChunks / (num_ranks - 1), 2));
-            blocks.push_back({home, first_row, count, 0, (count + pieces - 1) / pieces});
+            int plan = num_ranks <= 4 ? 2 : 1;
+            while (plan > 0 && count * row_bytes < kNumChunks[plan] * kMinChunkBytes) --plan;
+            blocks.push_back({home, first_row, count, plan});
         }
         first_row += count;
     }
@@ -87,24 +103,27 @@ void PushCopies::push(uint64_t number, uintptr_t rows, int64_t row_bytes,
                                   CU_STREAM_WAIT_VALUE_GEQ),
             "waiting for an inbox");
     }
-    for (bool any = true; any;) {
-        any = false;
-        for (Block& block : blocks) {
-            const int64_t count = std::min(block.chunk, block.count - block.done);
-            if (count <= 0) continue;
-            any = true;
-            const auto* from =
-                reinterpret_cast<const uint8_t*>(rows) + (block.first + block.done) * row_bytes;
-            auto* to = reinterpret_cast<uint8_t*>(inbox_at[block.home]) + block.done * row_bytes;
-            check_cuda(cudaMemcpyAsync(to, from, static_cast<size_t>(count * row_bytes),
+    int num_marks = 0;
+    for (int chunk = 0; chunk < kMaxChunks; ++chunk) {
+        for (const Block& block : blocks) {
+            if (chunk >= kNumChunks[block.plan]) continue;
+            const int64_t begin = chunk == 0 ? 0 : block.count * kEnds[block.plan][chunk - 1] / kParts;
+            const int64_t end = block.count * kEnds[block.plan][chunk] / kParts;
+            const auto* from = reinterpret_cast<const uint8_t*>(rows) + (block.first + begin) * row_bytes;
+            auto* to = reinterpret_cast<uint8_t*>(inbox_at[block.home]) + begin * row_bytes;
+            check_cuda(cudaMemcpyAsync(to, from, static_cast<size_t>((end - begin) * row_bytes),
                                        cudaMemcpyDeviceToDevice, stream),
                        "copying rows to a peer");
-            block.done += count;
-            // Order: the write of the mark comes after the copy's, and is fenced (no CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER).
-            const auto end = static_cast<uint64_t>(block.first + block.done);
+            // Written on a stream of their own, marks do not hold up the next copy. Order: a mark comes after its copy and
+            // the marks before it, and is fenced (the flag that drops the fence is not given).
+            void*& copied = copied_[num_marks++];
+            if (copied == nullptr) copied = make_event();
+            check_cuda(cudaEventRecord(static_cast<cudaEvent_t>(copied), stream), "recording an event");
+            check_cuda(cudaStreamWaitEvent(marks, static_cast<cudaEvent_t>(copied), 0), "ordering streams");
             check_driver(
-                api.stream_write_value(stream, address_of(&control(domain_, block.home)->pushed[rank]),
-                                       number << 32 | end, CU_STREAM_WRITE_VALUE_DEFAULT),
+                api.stream_write_value(marks, address_of(&control(domain_, block.home)->pushed[rank]),
+                                       number << 32 | static_cast<uint64_t>(block.first + end),
+                                       CU_STREAM_WRITE_VALUE_DEFAULT),
                 "marking rows that were copied");
         }
     }
@@ -115,9 +134,8 @@ void PushCopies::release() noexcept {
     cudaStream_t aside = nullptr;
     if (cudaStreamCreateWithFlags(&aside, cudaStreamNonBlocking) != cudaSuccess) return;
     for (int peer = 0; peer < domain_.num_ranks; ++peer) {
-        // Above any number; the comparison is that of a signed difference.
         driver().stream_write_value(aside, address_of(&control(domain_, domain_.rank)->inbox_open[peer]),
-                                    uint64_t{1} << 62, CU_STREAM_WRITE_VALUE_DEFAULT);
+                                    kInboxReleased, CU_STREAM_WRITE_VALUE_DEFAULT);
     }
     cudaStreamSynchronize(aside);
     cudaStreamDestroy(aside);
@@ -126,8 +144,13 @@ void PushCopies::release() noexcept {
 void PushCopies::close() noexcept {
     if (stream_ == nullptr) return;
     cudaStreamDestroy(static_cast<cudaStream_t>(stream_));
+    cudaStreamDestroy(static_cast<cudaStream_t>(mark_stream_));
     cudaEventDestroy(static_cast<cudaEvent_t>(rows_ready_));
-    stream_ = rows_ready_ = nullptr;
+    for (void*& event : copied_) {
+        if (event != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(event));
+        event = nullptr;
+    }
+    stream_ = mark_stream_ = rows_ready_ = nullptr;
 }
 
 }  // namespace deep_ep

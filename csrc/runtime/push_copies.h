@@ -34,8 +34,11 @@ class PushCopies {
 
   private:
     Domain domain_;
-    void* stream_ = nullptr;
+    static constexpr int kMaxMarks = 4 * kMaxPeers;
+    void* stream_ = nullptr;       // of the copies
+    void* mark_stream_ = nullptr;  // of the marks that tell how far the copies have come
     void* rows_ready_ = nullptr;
+    void* copied_[kMaxMarks] = {};  // events, made when first needed
 };
 
 }  // namespace deep_ep

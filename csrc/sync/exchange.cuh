@@ -264,6 +264,11 @@ __device__ __forceinline__ void finish(const Domain& domain, uint64_t epoch, Ope
     if (threadIdx.x == 0) {
         own->arrived = 0;
         own->epoch = epoch;
+        // Nobody may come to open an inbox after a failure, and a copy that waits without end would hold up whoever
+        // synchronises the device. PushCopies::release() does the same for what is enqueued later.
+        for (int home = 0; has_failed(domain) && home < domain.num_ranks; ++home) {
+            ptx::st_release_sys(&own->inbox_open[home], kInboxReleased);
+        }
     }
 }
 

@@ -11,7 +11,6 @@ all ranks alike, since all ranks pass the same kinds of tensors.
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +75,10 @@ class CudaKernels:
         self._small, self._sources = Arena.ordinary(self.device), Arena.symmetric(memory)
         self._guess = 0
         self._staging_refused = 0
+        self._missing, self._is_full = (
+            0,
+            False,
+        )  # bytes that the pool could not give; whether it cannot grow (all alike)
         self._failure: DeepEPError | None = None
         self._stream, self._capturing, self._launched = 0, False, False
         self.launches: dict[str, int] = {}
@@ -134,11 +137,12 @@ class CudaKernels:
         """int32 [R], int32 [E], bool [T, R]: tokens per rank and per expert, and where each goes."""
         num_tokens, num_topk = topk_idx.shape
         num_ranks = self.num_ranks
-        ranks_bytes, experts_bytes = aligned(4 * num_ranks), aligned(4 * num_experts)
-        storage, start = self._ints(ranks_bytes + experts_bytes + num_tokens * num_ranks)
+        experts_at = aligned(4 * num_ranks)
+        flags_at = experts_at + aligned(4 * num_experts)
+        storage, start = self._ints(flags_at + num_tokens * num_ranks)
         per_rank = self._tensor(storage, start, torch.int32, (num_ranks,))
-        per_expert = self._tensor(storage, start + ranks_bytes, torch.int32, (num_experts,))
-        in_rank = self._tensor(storage, start + ranks_bytes + experts_bytes, torch.bool, (num_tokens, num_ranks))
+        per_expert = self._tensor(storage, start + experts_at, torch.int32, (num_experts,))
+        in_rank = self._tensor(storage, start + flags_at, torch.bool, (num_tokens, num_ranks))
         self._count("dispatch_layout")
         base = storage.data_ptr() + start
         self._domain.dispatch_layout(
@@ -148,8 +152,8 @@ class CudaKernels:
             num_topk,
             num_experts,
             base,
-            base + ranks_bytes,
-            base + ranks_bytes + experts_bytes,
+            base + experts_at,
+            base + flags_at,
             self._stream,
         )
         return per_rank, per_expert, in_rank
@@ -175,7 +179,11 @@ class CudaKernels:
                 "num_worst_tokens, or a handle"
             )
         plan = self._plan(x, topk)
-        landing = self._land(plan, num_worst_tokens or self._guess, with_src_idx=True)
+        # Only here can the pool grow, so it does before staging is used, and also for calls that had to use staging.
+        grows = not num_worst_tokens and not self._is_full
+        landing = None
+        if not (grows and self._missing):
+            landing = self._land(plan, num_worst_tokens or self._guess, with_src_idx=True, may_stage=not grows)
         if landing is None:
             if num_worst_tokens:
                 raise self._exhausted(plan, num_worst_tokens)
@@ -217,18 +225,21 @@ class CudaKernels:
         counts: list[int] = []
         num_rows = num_worst_tokens
         if not num_worst_tokens:
-            num_rows, fits = self._await_counts()
-            counts = self._domain.expert_counts(num_experts)
-            sent = self._domain.send_counts()
+            self._await_counts()
+            num_rows, fits, counts, sent, most, away = self._domain.counts(num_experts)
             setattr(handle_tensors[0], _COUNTS, sent)
             if not fits:
                 # Some rank guessed too little: all ranks know, make room together, and place the rows once more.
-                landing = self._land_together(plan, num_rows, sent)
+                landing = self._land_together(plan, num_rows, most)
                 again = plan.signature("dispatch again", num_experts, num_channels)
                 self._place(x, plan, topk, num_experts, send_head, landing, again, sms, announce=True)
             # A little more than the last size, so that a size that varies does not place twice each time.
             self._guess = num_rows + num_rows // 16 + 64
-            self._reserve_staging(sent, x.rows.shape[1])
+            # Staging for rows like these in bf16: those of a dispatch that finds the pool full, and those of an
+            # ordinary tensor that copy engines bring to a combine. All ranks see the same counts.
+            wanted = max(most, away) * (2 * x.rows.shape[1] + 256)
+            if wanted > self.memory.staging_bytes and wanted > self._staging_refused:
+                self._reserve_staging(wanted)
         tensors, src = self._cut(plan, landing, num_rows, sms, with_src_idx=True)
         src_idx = self._tensor(src[0], src[1], torch.int32, (num_rows,))
         handle = (*handle_tensors, src_idx, in_rank, head)
@@ -414,7 +425,11 @@ class CudaKernels:
             raise PoolExhausted(f"no memory for {num_bytes} bytes of a handle")
         return part
 
-    def _land(self, plan: RowPlan, capacity: int, *, with_src_idx: bool) -> Landing | None:
+    def note_missing(self, num_bytes: int) -> None:
+        """The pool could not give these; the next call that can grows it."""
+        self._missing = max(self._missing, num_bytes)
+
+    def _land(self, plan: RowPlan, capacity: int, *, with_src_idx: bool, may_stage: bool = True) -> Landing | None:
         """Memory for ``capacity`` rows: of the pool, else staging memory, else None."""
         starts, total = plan.starts(capacity)
         if total == 0:
@@ -431,7 +446,9 @@ class CudaKernels:
             if src is not None:
                 src_at = src[0].data_ptr() + src[1] - self.memory.bases[self.rank]
             return Landing(capacity, (*plan.offsets(base, starts), src_at, capacity), starts, block, src)
-        if plan.num_bytes(capacity, with_src_idx=with_src_idx) > self.memory.staging_bytes:
+        num_bytes = plan.num_bytes(capacity, with_src_idx=with_src_idx)
+        self.note_missing(num_bytes)
+        if not may_stage or num_bytes > self.memory.staging_bytes:
             return None
         if self._capturing:
             self.memory.lease_staging()
@@ -439,32 +456,32 @@ class CudaKernels:
         src_at = base + total if with_src_idx else -1
         return Landing(capacity, (*plan.offsets(base, starts), src_at, capacity), starts, staged_at=base)
 
-    def _land_together(self, plan: RowPlan, num_rows: int, sent: Sequence[Sequence[int]]) -> Landing:
+    def _land_together(self, plan: RowPlan, num_rows: int, most: int) -> Landing:
         """Memory for the rows, which all ranks grow if any of them has too little. Collective.
+
+        Args:
+            most: rows of the rank that receives the most.
 
         Raises:
             PoolExhausted: on all ranks; some rank has no memory for its rows, not even in staging.
         """
-        landing = self._land(plan, num_rows, with_src_idx=True)
+        landing = self._land(plan, num_rows, with_src_idx=True, may_stage=False)
         # Twice what is missing now: a pool that is full once will be again.
-        self.memory.grow(0 if landing else 2 * plan.num_bytes(num_rows, with_src_idx=True) + (32 << 20))
+        wish = 2 * self._missing + (32 << 20) if self._missing else 0
+        wish = max(self.memory.rendezvous("symmetric memory that is missing", wish))
+        if wish:
+            self._is_full = self.memory.grow(wish) == 0
+        self._missing = 0
         landing = landing or self._land(plan, num_rows, with_src_idx=True)
         if any(self.memory.rendezvous("room for the rows of a dispatch", landing is None)):
-            most = max(sum(row[rank] for row in sent) for rank in range(self.num_ranks))
             self.memory.reserve_staging(plan.num_bytes(most, with_src_idx=True))
             landing = landing or self._land(plan, num_rows, with_src_idx=True)
         if landing is None:
             raise self._exhausted(plan, num_rows)
         return landing
 
-    def _reserve_staging(self, sent: Sequence[Sequence[int]], hidden: int) -> None:
-        """Staging for rows like these, in bf16: those of a dispatch that finds the pool full, and those of an ordinary
-        tensor that copy engines bring to a combine. All ranks see the same counts. Collective when it grows."""
-        most = max(sum(row[rank] for row in sent) for rank in range(self.num_ranks))
-        pushed = max(sum(row) - row[rank] for rank, row in enumerate(sent))
-        wanted = max(most, pushed) * (2 * hidden + 256)
-        if wanted <= max(self.memory.staging_bytes, self._staging_refused):
-            return
+    def _reserve_staging(self, wanted: int) -> None:
+        """Collective, with the same number on all ranks."""
         try:
             self.memory.reserve_staging(wanted + wanted // 8, within_limit=True)
         except PoolExhausted:  # on all ranks alike; there are ways without staging
@@ -535,14 +552,14 @@ class CudaKernels:
 
     # Launches.
 
-    def _await_counts(self) -> tuple[int, bool]:
+    def _await_counts(self) -> None:
         outcome = self._domain.wait_counts()
         if outcome == _COUNTS_FAILED:
             self.raise_failure("dispatch")
         if outcome == _COUNTS_REFUSED:
+            # The kernel behind the one that told it notes the refusal as well: it is taken when both have ended.
+            torch.cuda.current_stream(self.device).synchronize()
             raise refusal(self._domain.take_refused() or 0)
-        num_recv, fits = self._domain.counts()
-        return num_recv, fits
 
     def _place(
         self,
@@ -597,6 +614,7 @@ class CudaKernels:
             return 0
         taken = self.memory.take(num_bytes, self._stream, self._capturing)
         if taken is None:
+            self.note_missing(num_bytes)
             return -1
         # Whole vectors: storage ends are further apart than that.
         copies.append((tensor.data_ptr(), taken[0].data_ptr(), -(-num_bytes // 16) * 16))

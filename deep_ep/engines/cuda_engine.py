@@ -60,7 +60,7 @@ class DeviceCall(Call):
         kernels, previous = self.engine.kernels, self.previous_event
         event = previous.event if isinstance(previous, EventOverlap) else previous
         self._contexts: list[AbstractContextManager[Any]] = []
-        if torch.cuda.current_device() != kernels.device.index:  # the current device is that of the thread
+        if torch._C._cuda_getDevice() != kernels.device.index:  # the current device is that of the thread
             self._push(torch.cuda.device(kernels.device))
         if self.async_finish or event is not None:
             self._aside = True
@@ -145,7 +145,7 @@ class CudaEngine(PortableEngine):
         kernels = self.kernels
         if not kernels.serves_layout(topk_idx, num_experts):
             return super().layout(topk_idx, num_experts)
-        if torch.cuda.current_device() != kernels.device.index:  # the current device is that of the thread
+        if torch._C._cuda_getDevice() != kernels.device.index:  # the current device is that of the thread
             with torch.cuda.device(kernels.device):
                 return self.layout(topk_idx, num_experts)
         kernels.check()
@@ -238,7 +238,10 @@ class CudaEngine(PortableEngine):
     def empty_combine_input(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         self.kernels.check()  # after a failure, a late peer may still write to blocks that came back
         tensor = self.memory.try_empty((num_rows, hidden), dtype)
-        return super().empty_combine_input(num_rows, hidden, dtype) if tensor is None else tensor
+        if tensor is not None:
+            return tensor
+        self.kernels.note_missing(num_rows * hidden * dtype.itemsize)
+        return super().empty_combine_input(num_rows, hidden, dtype)
 
     def check(self) -> None:
         self.kernels.check()

@@ -276,7 +276,7 @@ def unpermute(y: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
         rows: what `permute_by_expert` returned.
 
     Returns:
-        [n, H], ready for `combine`.
+        [n, H], ready for `combine`: it lies where peers can read it, so do not write to it after that.
 
     Raises:
         ConfigError: ``rows`` were not made by `permute_by_expert`, or the number of rows differs.
@@ -286,17 +286,21 @@ def unpermute(y: torch.Tensor, rows: ExpertRows) -> torch.Tensor:
         raise ConfigError("these rows did not come from a dispatch, so there is nothing to sum them back to")
     if y.dim() != 2 or y.shape[0] != layout.num_rows:
         raise ConfigError(f"y is {tuple(y.shape)}, expected [{layout.num_rows}, hidden]: one row per permuted row")
-    out: torch.Tensor = _Unpermute.apply(y, dispatched.topk_weights, layout)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _Unpermute.apply(  # type: ignore[no-untyped-call]
+        y, dispatched.topk_weights, layout, dispatched.buffer, dispatched.handle
+    )
     return out
 
 
 def _permute(dispatched: Dispatched, layout: ExpertLayout) -> ExpertRows:
     if dispatched.scales is None:
-        rows = carrier = _Permute.apply(dispatched.rows, layout)  # type: ignore[no-untyped-call]
+        rows = carrier = _Permute.apply(  # type: ignore[no-untyped-call]
+            dispatched.rows, layout, dispatched.buffer, dispatched.handle
+        )
         scales = None
     else:
         carrier, rows, scales = _PermuteFP8.apply(  # type: ignore[no-untyped-call]
-            dispatched.carrier, dispatched.rows, dispatched.scales, layout
+            dispatched.carrier, dispatched.rows, dispatched.scales, layout, dispatched.buffer, dispatched.handle
         )
     return ExpertRows(rows, scales, carrier, layout.counts, layout.starts, layout.sizes, dispatched, layout)
 
@@ -306,28 +310,48 @@ def make_carrier(num_rows: int, hidden: int, device: torch.device) -> torch.Tens
     return torch.zeros(1, dtype=torch.bfloat16, device=device).expand(num_rows, hidden)
 
 
-def _sum_copies(grad: torch.Tensor, layout: ExpertLayout) -> torch.Tensor:
-    return ops.reduce_rows([grad.contiguous()], layout.slots)
+def _combine_input(ctx: Any, width: int, like: torch.Tensor) -> torch.Tensor | None:
+    """Where to compute rows [n, width] that go into a combine next, so that peers read them without a copy.
+
+    None where the buffer's memory is on another device than its operands: then any new tensor serves.
+    """
+    out: torch.Tensor = ctx.buffer.empty_combine_input(ctx.handle, width, like.dtype)
+    return out if out.device == like.device else None
+
+
+def _sum_copies(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of received rows, which the backward of dispatch combines."""
+    out = _combine_input(ctx, grad.shape[1], grad)
+    return ops.reduce_rows([grad.contiguous()], ctx.layout.slots, out=out)
 
 
 class _Permute(torch.autograd.Function):
+    # Contexts keep buffer and handle, not the `Dispatched`: that would keep the received rows until the backward.
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, layout: ExpertLayout) -> torch.Tensor:
-        ctx.layout = layout
+    def forward(
+        ctx: Any, rows: torch.Tensor, layout: ExpertLayout, buffer: Buffer, handle: tuple[Any, ...]
+    ) -> torch.Tensor:
+        ctx.layout, ctx.buffer, ctx.handle = layout, buffer, handle
         return layout.gather(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _sum_copies(grad, ctx.layout), None
+        return _sum_copies(ctx, grad), None, None, None
 
 
 class _PermuteFP8(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, carrier: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor, layout: ExpertLayout
+        ctx: Any,
+        carrier: torch.Tensor,
+        rows: torch.Tensor,
+        scales: torch.Tensor,
+        layout: ExpertLayout,
+        buffer: Buffer,
+        handle: tuple[Any, ...],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ctx.layout = layout
+        ctx.layout, ctx.buffer, ctx.handle = layout, buffer, handle
         out_rows, out_scales = layout.gather(rows), layout.gather(scales)
         ctx.mark_non_differentiable(out_rows, out_scales)
         return make_carrier(layout.num_rows, rows.shape[1], rows.device), out_rows, out_scales
@@ -335,16 +359,24 @@ class _PermuteFP8(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        return _sum_copies(grad, ctx.layout), None, None, None
+        return _sum_copies(ctx, grad), None, None, None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, weights: torch.Tensor, layout: ExpertLayout) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        weights: torch.Tensor,
+        layout: ExpertLayout,
+        buffer: Buffer,
+        handle: tuple[Any, ...],
+    ) -> torch.Tensor:
         y = y.contiguous()
-        ctx.layout = layout
+        ctx.layout, ctx.buffer, ctx.handle = layout, buffer, handle
         ctx.save_for_backward(y, weights)
-        return ops.reduce_rows([y], layout.slots, weights=weights.contiguous())
+        out = _combine_input(ctx, y.shape[1], y)
+        return ops.reduce_rows([y], layout.slots, weights=weights.contiguous(), out=out)
 
     @staticmethod
     @once_differentiable
@@ -357,10 +389,11 @@ class _Unpermute(torch.autograd.Function):
             # One zero behind the last row serves the absent pairs, and an empty layout too.
             dots = torch.cat([(grad_rows * y).sum(-1), grad_rows.new_zeros(1)])
             slots = layout.slots.long()
-            grad_weights = dots[torch.where(slots < 0, layout.num_rows, slots)]
+            out = _combine_input(ctx, slots.shape[1], dots)
+            grad_weights = torch.take(dots, torch.where(slots < 0, layout.num_rows, slots), out=out)
         if ctx.needs_input_grad[0]:
             row_weight = weights.new_zeros(layout.num_rows + 1)
             slots = layout.slots.long()
             row_weight[torch.where(slots < 0, layout.num_rows, slots)] = weights
             grad_y = (grad_rows * row_weight[:-1].unsqueeze(1)).to(y.dtype)
-        return grad_y, grad_weights, None
+        return grad_y, grad_weights, None, None, None

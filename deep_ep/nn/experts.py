@@ -13,7 +13,6 @@ from .. import fp8
 from ..errors import ConfigError
 from . import fp8_gemm
 from .dispatched import ExpertRows
-from .functional import unit_scale
 
 PRECISIONS = ("fp8", "bf16")
 
@@ -199,6 +198,21 @@ def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     grad_up.copy_(grad * activated)
     grad_gate.copy_((sigmoid + activated * (1.0 - sigmoid)).mul_(up).mul_(grad))
     return out
+
+
+def unit_scale(x: torch.Tensor) -> torch.Tensor:
+    """Power of two s, as float32 scalar tensor, that brings max|x| into [0.5, 1); 1 for empty, zero or non-finite x.
+
+    The quantiser floors a tile's maximum at 1e-4. Activations lie above that, but the gradients of a mean over many
+    tokens do not: at 1e-9 they would all become zero. Multiplying by a power of two is exact, so gradients are brought
+    to unit size before quantising and back after.
+    """
+    if x.numel() == 0:
+        return torch.ones((), dtype=torch.float32, device=x.device)
+    low, high = torch.aminmax(x.detach())
+    amax = torch.maximum(-low, high).float()
+    exponent = torch.frexp(torch.where(amax.isfinite(), amax, 1.0)).exponent.clamp(-100, 100)
+    return torch.ldexp(torch.ones_like(amax), -exponent)
 
 
 def _grouped(

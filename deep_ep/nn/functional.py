@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 Bias: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None"
 
+# What gradients are multiplied by before they are quantised on their way, and divided by at the receiver. The quantiser
+# floors a tile's maximum at 1e-4: activations lie above that, but the gradients of a mean over many tokens do not, at
+# 1e-9 they would all become zero. A power of two changes no other bit, and a constant is known to all ranks. Tiles keep
+# their bits down to a maximum of 5e-24; beyond 2^63 (1e19) bf16 overflows, as a loss that large would anyway.
+_GRADIENT_FACTOR = 2.0**64
+
 
 def dispatch(
     x: torch.Tensor,
@@ -45,7 +51,8 @@ def dispatch(
         buffer: `deep_ep.Buffer` of the expert-parallel group.
         use_fp8: quantise 1x128 tiles to E4M3 on the way: half the bytes, FP32 scales beside.
         expert_alignment: rows of an expert are padded to a multiple of this in the layouts of the result.
-        fp8_gradients: send gradients as FP8 in the backward of `combine`; None means the same as ``use_fp8``.
+        fp8_gradients: send gradients as FP8 in the backward of `combine`, where the largest of each 128 channels lies
+            between 5e-24 (smaller ones lose bits) and 9e18; None means the same as ``use_fp8``.
 
     Returns:
         `Dispatched`.
@@ -111,21 +118,6 @@ def combine_async(
         y, dispatched.buffer, dispatched.handle, dispatched.fp8_gradients, async_finish, *biases
     )
     return out, event
-
-
-def unit_scale(x: torch.Tensor) -> torch.Tensor:
-    """Power of two s, as float32 scalar tensor, that brings max|x| into [0.5, 1); 1 for empty, zero or non-finite x.
-
-    The quantiser floors a tile's maximum at 1e-4. Activations lie above that, but the gradients of a mean over many
-    tokens do not: at 1e-9 they would all become zero. Multiplying by a power of two is exact, so gradients are brought
-    to unit size before quantising and back after.
-    """
-    if x.numel() == 0:
-        return torch.ones((), dtype=torch.float32, device=x.device)
-    low, high = torch.aminmax(x.detach())
-    amax = torch.maximum(-low, high).float()
-    exponent = torch.frexp(torch.where(amax.isfinite(), amax, 1.0)).exponent.clamp(-100, 100)
-    return torch.ldexp(torch.ones_like(amax), -exponent)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -198,11 +190,10 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         grad = grad.contiguous()
         if ctx.fp8_gradients:
-            factor = unit_scale(grad)
-            rows, scales = fp8.quantize_1x128(grad * factor.to(grad.dtype))
-            # The row's own scale takes the factor back, so a receiver need not know the sender's factor.
-            received = ctx.buffer.dispatch((rows, scales / factor), handle=ctx.handle)[0]
-            grad_y = fp8.dequantize_1x128(*received, dtype=grad.dtype)
+            wide = grad.float() if grad.dtype == torch.float16 else grad  # fp16 ends at 2^16
+            scaled = wide * _GRADIENT_FACTOR
+            rows, scales = ctx.buffer.dispatch(scaled, handle=ctx.handle, use_fp8=True)[0]
+            grad_y = fp8.dequantize_1x128(rows, scales / _GRADIENT_FACTOR, dtype=grad.dtype)
         else:
             grad_y = ctx.buffer.dispatch(grad, handle=ctx.handle)[0]
         return (grad_y, None, None, None, None, *([grad] * ctx.num_biases))

@@ -112,7 +112,7 @@ class MoE(nn.Module):
             )
         if num_shared_experts < 0:
             raise ConfigError(f"num_shared_experts={num_shared_experts} is negative")
-        self._comm = _Communication(group, buffer)
+        self._comm = _Communication(group, buffer, device)
         # Now rather than in the first forward, which may run under activation checkpointing's bookkeeping.
         self._comm.buffer()
         self.hidden = hidden
@@ -272,9 +272,15 @@ def _solo_comm() -> SoloComm:
 class _Communication:
     """Group and buffer of a layer, kept apart from the module: copies of the module share them."""
 
-    def __init__(self, group: dist.ProcessGroup | None, buffer: Buffer | None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, buffer: Buffer | None, device: torch.device | str | None
+    ) -> None:
         self._given = buffer
         self._solo: Any = None
+        # A layer for a GPU wants its buffer there, though nothing of this process may have used the GPU yet.
+        self._device: torch.device | None = None
+        if device is not None and torch.device(device).type == "cuda":
+            self._device = torch.empty(0, device=device).device  # with its index
         if buffer is not None:
             if group is not None and buffer.group is not None and buffer.group != group:
                 raise ConfigError("group is not the buffer's group; give only one of them")
@@ -291,7 +297,7 @@ class _Communication:
     def buffer(self) -> Buffer:
         if self._given is not None:
             return self._given
-        return Buffer.get_or_grow(self.group, comm=self._solo)
+        return Buffer.get_or_grow(self.group, comm=self._solo, device=self._device)
 
     def sum(self, counts: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over all ranks; the input stays."""

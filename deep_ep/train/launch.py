@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import multiprocessing
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,29 @@ def resolve_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, but torch finds no usable GPU here: use --device cpu")
     return name
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Makes a run on a GPU repeat bit for bit, as it does on a CPU: torch then sums in a fixed order.
+
+    The backward of fused attention is what needs it; `deep_ep.nn` sums in a fixed order anyway. Operations that torch
+    has no such variant of only warn.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings.fill_uninitialized_memory = False  # costs time, and nothing here reads what it has not written
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fills
 
 
 def launch(worker: Worker, ranks: int, device: str) -> bool:
@@ -204,7 +228,8 @@ def _run_rank(
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks, timeout=_GROUP_TIMEOUT)
     world = World(rank, ranks, place)
     try:
-        worker(world)
+        with repeatable(place):
+            worker(world)
         world.barrier()  # no rank leaves while another still talks to it
     except Exception:
         # Told before the connections close: that makes the other ranks fail too, with less to say.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deep_ep.buffer import Buffer
 from deep_ep.errors import ConfigError, DeepEPError
 from deep_ep.nn import fp8_gemm
 from deep_ep.train import checkpoint
@@ -24,6 +27,12 @@ _PER_STEP = (
     "step", "train_loss", "lr", "grad_norm", "tokens_per_s", "load_max", "load_min",
     "dispatch_bytes", "dispatch_bytes_bf16", "combine_bytes",
 )  # fmt: skip
+
+
+def kernel_launches(buffer: Buffer) -> Counter[str]:
+    """Launches by kernel since the buffer was made; empty on the portable engine, which has no kernels."""
+    kernels = getattr(buffer.runtime, "kernels", None)
+    return Counter() if kernels is None else Counter(kernels.launches)
 
 
 class TrainingDiverged(DeepEPError, RuntimeError):
@@ -49,6 +58,7 @@ class Trainer:
         fp8_gemm.reset_counters()
         for buffer in self.buffers:
             buffer.traffic.reset()
+        self._launched_before = [kernel_launches(buffer) for buffer in self.buffers]
         self.done = 0
         self.curves: dict[str, list[float]] = {name: [] for name in _PER_STEP}
         self.validation: dict[str, list[float]] = {"step": [], "loss": []}
@@ -160,7 +170,7 @@ class Trainer:
             "curves": curves,
             "validation": self.validation,
             "gemms": {**vars(gemms), "operands": dict(gemms.operands)},
-            "dispatch_dtypes": self._dispatch_dtypes(),
+            "buffers": self._describe_buffers(),
             "summary": {
                 "steps": self.done,
                 "seconds": self.seconds,
@@ -191,12 +201,17 @@ class Trainer:
             sum(s.combine_bytes for s in stats),
         ])  # fmt: skip
 
-    def _dispatch_dtypes(self) -> dict[str, int]:
-        total: dict[str, int] = {}
-        for buffer in self.buffers:
-            for name, calls in buffer.traffic.dispatch_dtypes.items():
-                total[str(name)] = total.get(str(name), 0) + calls
-        return total
+    def _describe_buffers(self) -> list[dict[str, Any]]:
+        """What this rank moved in this process, by which kernels, and what memory they hold (none: portable engine)."""
+        return [
+            {
+                "engine": buffer.engine,
+                "traffic": dataclasses.asdict(buffer.traffic),
+                "kernel_launches": dict(kernel_launches(buffer) - before),
+                "memory": buffer.memory_usage(),
+            }
+            for buffer, before in zip(self.buffers, self._launched_before, strict=True)
+        ]
 
     def _load(self) -> tuple[float, float]:
         """Largest and smallest expert load over the mean, of the worst layer."""

@@ -161,6 +161,10 @@ def summarize(result: dict[str, Any]) -> str:
     for label, show in _SUMMARY:
         rows.append((label, *(show(final, unigram["cross_entropy"]) for final in runs.values())))
     lines += ["", table(rows)]
+    for name, run in result["runs"].items():
+        for buffer in run["buffers"]:
+            launches = ", ".join(f"{kernel} {count}" for kernel, count in sorted(buffer["kernel_launches"].items()))
+            lines += ["", f"{name} on rank 0, launches by kernel: {launches}"] if launches else []
     comparison = result["comparison"]
     if comparison is not None:
         lines += [
