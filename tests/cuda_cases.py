@@ -162,7 +162,7 @@ def on_cpu(routing: Routing) -> Routing:
 
 
 def make_hard_rows(gen: torch.Generator, dtype: torch.dtype, num_rows: int, hidden: int) -> torch.Tensor:
-    """Rows of six kinds in turn: any bits, some NaN, some infinities, zeros of both signs, subnormals, all magnitudes."""
+    """Rows of six kinds in turn: any bits, some NaN, some infinite, zeros of both signs, subnormals, all magnitudes."""
     rows = torch.randn(num_rows, hidden, generator=gen)
     rows *= torch.exp2(torch.randint(-30, 15, (num_rows, 1), generator=gen).float())
     bits = torch.randint(0, 256, (num_rows, hidden * dtype.itemsize), dtype=torch.uint8, generator=gen)

@@ -12,10 +12,10 @@
 namespace deep_ep {
 namespace {
 
-constexpr int kMaxWarps = 7;
+constexpr int kMaxWarps = 14;
 constexpr int kNumStages = 2;
-// 14 vectors of 16 bytes a lane: a row of 14,336 bytes is two pieces. Shorter ones cost more instructions for each byte.
-constexpr int kVectorsPerLane = 14;
+// 7 vectors of 16 bytes a lane: a row of 14,336 bytes is four pieces.
+constexpr int kVectorsPerLane = 7;
 constexpr int kPieceBytes = kVectorsPerLane * 32 * 16;
 constexpr int kStageBytes = 2 * kPieceBytes;  // rows are summed in pairs, as long as there are two
 constexpr int kSharedBytes = kMaxWarps * kNumStages * kStageBytes;
@@ -76,16 +76,6 @@ using Vector = Pack<typename Type::Storage, kPerVector>;
 __device__ __forceinline__ const uint8_t* from_lane(const uint8_t* pointer, int lane) {
     return reinterpret_cast<const uint8_t*>(
         __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(pointer), lane));
-}
-
-// The first part of a sum. It begins with +0, which matters for -0 alone; rounding to bf16 sees to that (VectorRounder).
-template <class Type, int kPerVector>
-__device__ __forceinline__ void begin_sum(float (&sum)[kPerVector], const Vector<Type, kPerVector>& part) {
-    widen_vector<Type, kPerVector>(part, sum);
-    if constexpr (!VectorRounder<Type, kPerVector>::kMakesZeroPositive) {
-#pragma unroll
-        for (int i = 0; i < kPerVector; ++i) sum[i] = __fadd_rn(sum[i], 0.0f);
-    }
 }
 
 template <class Type, int kPerVector>
@@ -261,11 +251,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
                 }
 #pragma unroll
                 for (int v = 0; v < kVectorsPerLane; ++v) {
-                    float sum[kPerVector];
-                    begin_sum<Type>(sum, lower[v]);
                     // An absent row is +0, which changes no sum that began with +0.
-                    add<Type>(sum, upper[v]);
-                    lower[v] = rounder.round(sum);
+                    lower[v] = rounder.sum_of_two(lower[v], upper[v]);
                 }
                 write(lower);
                 return true;

@@ -130,13 +130,19 @@ struct Magnitude<Fp16> {
     __device__ __forceinline__ float get() const { return fmaxf(__low2float(value), __high2float(value)); }
 };
 
-// Rounds vectors with the bits of Type::round. For bf16, zeros become +0 (a sum of bf16 values that is not 0 never rounds
-// to 0, so this stands for the +0 that sums begin with), and NaN is looked for once in all of them: round() leaves the pattern
+// Rounds vectors with the bits of Type::round. For bf16, NaN is looked for once in all of them: round() leaves the pattern
 // of the conversion instruction, 0x7FFF, and settle() puts 0x7FC0 in its place where any was seen.
 template <class Type, int kCount>
 struct VectorRounder {
-    static constexpr bool kMakesZeroPositive = false;
     using Result = Pack<typename Type::Storage, kCount>;
+    __device__ __forceinline__ Result sum_of_two(const Result& a, const Result& b) {
+        Result result;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            result.v[i] = Type::round(__fadd_rn(__fadd_rn(0.0f, Type::widen(a.v[i])), Type::widen(b.v[i])));
+        }
+        return result;
+    }
     __device__ __forceinline__ Result round(const float (&v)[kCount]) {
         Result result;
 #pragma unroll
@@ -149,17 +155,31 @@ struct VectorRounder {
 
 template <>
 struct VectorRounder<Bf16, 8> {
-    static constexpr bool kMakesZeroPositive = true;
     using Result = Pack<uint16_t, 8>;
     __nv_bfloat162 largest{__ushort_as_bfloat16(0), __ushort_as_bfloat16(0)};  // NaN once one was seen
 
+    // (0 + a) + b in FP32, rounded to bf16. One packed addition has the same bits: where FP32 cannot hold a + b, one of them
+    // is 2^-16 of the other or less, too little to bring the sum near the middle of two bf16 values. Adding +0 then stands for
+    // the 0 that the sum begins with: it turns -0 into +0 and changes nothing else.
+    __device__ __forceinline__ Result sum_of_two(const Result& a, const Result& b) {
+        Result result;
+        auto* sums = reinterpret_cast<__nv_bfloat162*>(&result);
+        const auto* left = reinterpret_cast<const __nv_bfloat162*>(&a);
+        const auto* right = reinterpret_cast<const __nv_bfloat162*>(&b);
+        const __nv_bfloat162 zero{__ushort_as_bfloat16(0), __ushort_as_bfloat16(0)};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            sums[i] = __hadd2_rn(__hadd2_rn(left[i], right[i]), zero);
+            largest = __hmax2_nan(largest, sums[i]);
+        }
+        return result;
+    }
     __device__ __forceinline__ Result round(const float (&v)[8]) {
         Result result;
         auto* pairs = reinterpret_cast<__nv_bfloat162*>(&result);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            pairs[i] = __hadd2_rn(__floats2bfloat162_rn(v[2 * i], v[2 * i + 1]),
-                                  __nv_bfloat162{__ushort_as_bfloat16(0), __ushort_as_bfloat16(0)});
+            pairs[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
             largest = __hmax2_nan(largest, pairs[i]);
         }
         return result;
