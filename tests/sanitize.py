@@ -31,7 +31,7 @@ SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) haz
 def sanitizer_command(sanitizer: str, tool: str) -> list[str]:
     """Without the program. Children are checked too; a program that does not touch CUDA itself is no error."""
     return [
-        sanitizer, "--tool", tool, "--target-processes", "all", "--kernel-regex", "kns=deep_ep",
+        sanitizer, "--tool", tool, "--target-processes", "all", "--kernel-name", "kns=deep_ep",
         "--require-cuda-init", "no", "--report-api-errors", "no", "--launch-timeout", "180", "--error-exitcode", "9",
     ]  # fmt: skip
 
@@ -42,8 +42,8 @@ def problems(output: str, code: int, ranks: int) -> list[str]:
     texts = []
     if sum(found):
         texts.append(f"{sum(found)} errors")
-    if len(found) < ranks:
-        texts.append(f"{len(found)} summaries of {ranks} ranks")
+    if not found:  # one for all processes, or one for each
+        texts.append("no summary")
     finished = len(re.findall(r"^rank \d+ finished", output, re.MULTILINE))
     if finished != ranks:
         texts.append(f"{finished} of {ranks} ranks finished")

@@ -34,7 +34,7 @@ class PushCopies {
 
   private:
     Domain domain_;
-    static constexpr int kMaxMarks = 4 * kMaxPeers;
+    static constexpr int kMaxMarks = 7 * kMaxPeers;
     void* stream_ = nullptr;       // of the copies
     void* mark_stream_ = nullptr;  // of the marks that tell how far the copies have come
     void* rows_ready_ = nullptr;

@@ -75,10 +75,8 @@ class CudaKernels:
         self._small, self._sources = Arena.ordinary(self.device), Arena.symmetric(memory)
         self._guess = 0
         self._staging_refused = 0
-        self._missing, self._is_full = (
-            0,
-            False,
-        )  # bytes that the pool could not give; whether it cannot grow (all alike)
+        self._missing = 0  # bytes that the pool could not give
+        self._is_full = False  # whether it cannot grow, the same on all ranks
         self._failure: DeepEPError | None = None
         self._stream, self._capturing, self._launched = 0, False, False
         self.launches: dict[str, int] = {}
@@ -186,6 +184,7 @@ class CudaKernels:
             landing = self._land(plan, num_worst_tokens or self._guess, with_src_idx=True, may_stage=not grows)
         if landing is None:
             if num_worst_tokens:
+                self._missing = 0  # what was asked for may be far more than is ever needed
                 raise self._exhausted(plan, num_worst_tokens)
             # A capacity of 0 fits nowhere, so all ranks come to the point where they make room together.
             landing = Landing(0, (0, 0, 0, 0, 0, 0), [])

@@ -136,7 +136,15 @@ class CudaEngine(PortableEngine):
         previous_event: EventOverlap | EventHandle | None,
         async_finish: bool,
     ) -> Call:
-        if not self.serves(x, use_fp8):
+        try:
+            on_device = self.serves(x, use_fp8)
+        except ConfigError:
+            with self.lock:
+                self.kernels.begin()
+                self.kernels.refuse(operation)
+                self.kernels.end()
+            raise
+        if not on_device:
             return super().call(operation, x, use_fp8, inputs, previous_event, async_finish)
         self.kernels.check()
         return DeviceCall(self, operation, inputs, previous_event, async_finish)
