@@ -30,7 +30,7 @@ def test_problems():
     ("body", "code", "words"),
     [
         (f"printf '{CLEAN}'", 0, "memcheck: no errors"),
-        ("echo '========= ERROR SUMMARY: 3 errors'; exit 9", 1, "memcheck: 3 errors; 1 summaries"),
+        ("echo '========= ERROR SUMMARY: 3 errors'; exit 9", 1, "memcheck: 3 errors; 0 of"),
         ("sleep 60", 1, "memcheck: no end within 0.5 s"),
     ],
 )

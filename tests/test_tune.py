@@ -133,6 +133,18 @@ def test_variants_of_an_operation_are_judged_together():
         choose.choose(figures, "combine", "fp8")
 
 
+def test_a_budget_that_is_slow_alone_is_passed_over():
+    """Beside GEMMs the host may hide what a budget costs; a program that does not overlap would pay for it."""
+    figures = curve("cached", "dispatch", "fp8", {4: 100.0, 8: 100.0, 12: 100.0})
+    figures += curve("uncached", "dispatch", "fp8", {4: 100.0, 8: 100.0, 12: 100.0})
+    for item, alone_us in zip(figures, (300.0, 120.0, 100.0, 400.0, 400.0, 400.0), strict=True):
+        item["alone"] = {"median_us": alone_us}
+    assert choose.choose(figures, "dispatch", "fp8")["num_sms"] == 8
+    for item in figures[1:3]:
+        item["step"] = {"median_us": 200.0 * item["calls"]}
+    assert choose.choose(figures, "dispatch", "fp8")["num_sms"] == 4, "the step counts first"
+
+
 def example_entries(shared: bool = False) -> list[dict[str, Any]]:
     figures = curve("fp8_dispatch", "dispatch", "fp8", {4: 100.0, 8: 90.0})
     figures += curve("bf16_dispatch", "dispatch", "bf16", {4: 100.0, 8: 99.0})
