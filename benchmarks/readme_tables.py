@@ -93,8 +93,21 @@ def _ratio(row: dict[str, Any], us: str, ratio: str) -> list[str]:
     return [f"{row[us]:.0f}", f"{row[ratio]:.2f}"]
 
 
+def _shared_section(result: dict[str, Any], file_name: str) -> str:
+    """Ranks that share GPUs hinder each other: such a run checks results, and its times say nothing."""
+    arguments = result["arguments"]
+    under = "under MPS" if result["mps"] == "on" else "in time slices"
+    return (
+        f"**{arguments['ranks']} ranks on {result['num_devices']} x {result['device']}** {under}, "
+        f"{_shape(arguments)}, {len(result['rows'])} calls: a check that every result is right bit for bit, no "
+        f"measurement. {_origin(result, file_name)}"
+    )
+
+
 def intranode_section(result: dict[str, Any], file_name: str) -> str:
     """Against the limits of the same run, and against the targets where there are any."""
+    if result["shared"]:
+        return _shared_section(result, file_name)
     arguments, targets = result["arguments"], _targets(result)
     probed = any(row.get("probe_us") is not None for row in result["rows"])
     head = ["call", "SMs", "us", "GB/s"]
@@ -123,7 +136,7 @@ def intranode_section(result: dict[str, Any], file_name: str) -> str:
     remarks = _remarks(result, probed)
     if remarks:
         text += "\n\n" + " ".join(remarks)
-    return text + (f"\n\n{_limits_table(result['limits']['probes'])}" if probed else "")
+    return text + (f"\n\n{_limits_table(result)}" if probed else "")
 
 
 def _remarks(result: dict[str, Any], probed: bool) -> list[str]:
@@ -131,6 +144,9 @@ def _remarks(result: dict[str, Any], probed: bool) -> list[str]:
     if probed:
         remarks.append("Limits of the same run, both directions at once: bare kernels that move the same rows (below),")
         remarks.append("and the copy engines with the same bytes.")
+        if any((row.get("ratio_to_probe") or 1) < 1 for row in result["rows"]):
+            remarks.append("A bare kernel runs on all the SMs it is given, a dispatch on no more than fill the link:")
+            remarks.append("hence ratios below 1.")
     elif limits["copy_engine"]:
         remarks.append("Limit: the copy engines move the same bytes, both directions at once.")
     if limits["local_copy"]:
@@ -146,14 +162,17 @@ def _remarks(result: dict[str, Any], probed: bool) -> list[str]:
         tokens = result["host"][0]["tokens"]
         remarks.append(f"Host time of a call ({tokens} tokens, nothing waited for): {'; '.join(hosts)}.")
     if not result["timings_meaningful"]:
-        remarks.append("Not a measurement of the links: the ranks shared GPUs, or had no kernels.")
+        remarks.append("Not a measurement of the links: there were no kernels.")
     return remarks
 
 
-def _limits_table(probes: Sequence[dict[str, Any]]) -> str:
+def _limits_table(result: dict[str, Any]) -> str:
+    """What some row is held against; the other limits stay in the JSON."""
+    used = {row["probe"] for row in result["rows"]}
     lines = [
         [probe["name"], str(probe["num_sms"]), f"{probe['median_us']:.0f}", f"{probe['gb_s']:.0f}", probe["shape"]]
-        for probe in probes
+        for probe in result["limits"]["probes"]
+        if probe["key"] in used
     ]
     return markdown_table(["limit", "SMs", "us", "GB/s over the link", "how"], lines)
 

@@ -14,6 +14,7 @@ from .errors import (
     ConfigError,
     DeepEPError,
     PeerError,
+    PoolExhausted,
     TopologyError,
 )
 from .event import EventHandle, EventOverlap
@@ -31,6 +32,7 @@ __all__ = [
     "EventHandle",
     "EventOverlap",
     "PeerError",
+    "PoolExhausted",
     "SoloComm",
     "TopologyError",
     "TrafficStats",

@@ -61,3 +61,7 @@ class BufferOverflow(DeepEPError, RuntimeError):
 
 class BufferDestroyed(DeepEPError, RuntimeError):
     """The buffer was destroyed, or an earlier failure left its connections unusable."""
+
+
+class PoolExhausted(DeepEPError, MemoryError):
+    """The pool of symmetric memory, or the device, has no room for what was asked."""

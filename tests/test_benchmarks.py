@@ -473,7 +473,7 @@ def test_table_has_figures_ratios_and_targets(tmp_path):
 
 
 def test_table_has_ratios_to_the_probes(tmp_path):
-    result = intranode_result(probe_figures=[probe_figure()], median_us=81.0)
+    result = intranode_result(probe_figures=[probe_figure(), probe_figure("store_16b")], median_us=81.0)
     result["layout"] = {"tokens": 4096, "topk": 8, "median_us": 3.94}
     result["limits"]["flags"] = {"0": {"median_us": 0.61}}
     result["host"] = [{"key": "layout", "name": "get_dispatch_layout", "tokens": 512, "median_us": 9.6}]
@@ -481,6 +481,10 @@ def test_table_has_ratios_to_the_probes(tmp_path):
     assert "| fp8 dispatch cached | 8 | 162 (161-163) | 185 | 108 | 1.50 | 81 | 2.00 | 186 |" in text
     assert "| fp8 dispatch cached | 16 | 122 (120-122) | 247 | - | - | 81 | 1.50 | 120 |" in text
     assert "| place_fp8_scales | 8 | 108 | 278 | 8w 1+1+1 stages of 7168 |" in text
+    assert "store_16b" not in text  # no row is held against it
+    assert "below 1" not in text
+    result["rows"][0]["ratio_to_probe"] = 0.93
+    assert "ratios below 1" in readme_tables.build(write_results(tmp_path / "results", result))
     assert "Layout of 4096 x 8 alone: 3.9 us." in text
     assert "A flag to the peer: 0.6 us." in text
     assert "Host time of a call (512 tokens, nothing waited for): get_dispatch_layout 10 us." in text
@@ -497,6 +501,18 @@ def test_runs_that_say_nothing_about_links_are_marked(tmp_path):
     result = intranode_result()
     result["timings_meaningful"] = False
     assert "Not a measurement" in readme_tables.build(write_results(tmp_path / "results", result))
+
+
+@pytest.mark.parametrize(("reason", "said"), [("on", "under MPS"), ("not installed", "in time slices")])
+def test_ranks_that_share_gpus_are_a_check_and_no_table(tmp_path, reason, said):
+    result = intranode_result(ranks=8, probe_figures=[probe_figure()], median_us=81.0)
+    result.update(timings_meaningful=False, shared=True, mps=reason)
+    text = readme_tables.build(write_results(tmp_path / "results", result))
+    assert f"**8 ranks on 2 x NVIDIA H200** {said}" in text
+    assert "every result is right bit for bit, no measurement" in text
+    assert "`benchmarks/results/run_0.json`" in text
+    assert "|" not in text
+    assert " us" not in text
 
 
 def test_kernels_come_before_the_portable_engine(tmp_path):

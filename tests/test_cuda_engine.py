@@ -35,8 +35,15 @@ from deep_ep import Buffer, Config
 from deep_ep.engines import cuda_engine
 from deep_ep.engines.cuda import MAX_PEERS, DeviceRows
 from deep_ep.engines.failures import failure, never_ran, overflowed, refusal
-from deep_ep.engines.peer_memory import PoolExhausted
-from deep_ep.errors import BufferOverflow, CommTimeout, ConfigError, DeepEPError, PeerError, TopologyError
+from deep_ep.errors import (
+    BufferOverflow,
+    CommTimeout,
+    ConfigError,
+    DeepEPError,
+    PeerError,
+    PoolExhausted,
+    TopologyError,
+)
 
 CUDA_ENV = {"DEEP_EP_TEST_DEVICE": "cuda"}
 

@@ -30,7 +30,7 @@ from deep_ep import Buffer, Config
 from deep_ep.engines import cuda
 from deep_ep.engines.cuda import DeviceRows
 from deep_ep.engines.outputs import Field, Landing, TensorMaker
-from deep_ep.engines.peer_memory import PoolExhausted
+from deep_ep.errors import PoolExhausted
 
 USAGE_KEYS = {
     "limit_bytes",

@@ -13,8 +13,8 @@ from test_peer_memory import open_fds
 from deep_ep._native import _C
 from deep_ep.engines.arena import SLAB_BYTES, Arena
 from deep_ep.engines.mesh import SoloComm, members_of
-from deep_ep.engines.peer_memory import PeerMemory, PoolExhausted
-from deep_ep.errors import BufferDestroyed, ConfigError
+from deep_ep.engines.peer_memory import PeerMemory
+from deep_ep.errors import BufferDestroyed, ConfigError, PoolExhausted
 
 MIB = 1 << 20
 SOLO = members_of(None, SoloComm())

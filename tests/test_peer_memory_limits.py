@@ -11,9 +11,9 @@ from harness import RankContext, environ, run_ranks, spawn_fresh
 from deep_ep._native import _C
 from deep_ep.engines import peer_memory
 from deep_ep.engines.mesh import members_of
-from deep_ep.engines.peer_memory import PeerMemory, PoolExhausted, resolve_max_pool_bytes, room_below
+from deep_ep.engines.peer_memory import PeerMemory, resolve_max_pool_bytes, room_below
 from deep_ep.engines.peer_reach import DeviceReport
-from deep_ep.errors import BufferDestroyed, CommTimeout, ConfigError, PeerError
+from deep_ep.errors import BufferDestroyed, CommTimeout, ConfigError, PeerError, PoolExhausted
 
 MIB = 1 << 20
 CPU = torch.device("cpu")

@@ -17,12 +17,12 @@ import torch
 
 from .. import fp8
 from .._native import _C, ELEMENT_TYPES
-from ..errors import ConfigError, DeepEPError
+from ..errors import ConfigError, DeepEPError, PoolExhausted
 from ..handles import Handle
 from .arena import Arena
 from .failures import failure, never_ran, overflowed, refusal
 from .outputs import SRC_IDX, Field, Landing, RowPlan, TensorMaker, aligned
-from .peer_memory import PeerMemory, PoolExhausted
+from .peer_memory import PeerMemory
 from .portable import DispatchResult
 from .watch import open_domain
 

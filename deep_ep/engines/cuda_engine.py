@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .._native import _C
-from ..errors import ConfigError, TopologyError
+from ..errors import ConfigError, PoolExhausted, TopologyError
 from ..event import EventHandle, EventOverlap, wait_previous
 from ..handles import Handle, check_intranode_handle
 from ..layout import DispatchLayout
@@ -20,7 +20,7 @@ from ..topology import Topology
 from .calls import Call, tensors_in
 from .cuda import MAX_PEERS, CudaKernels, DeviceRows
 from .mesh import Members
-from .peer_memory import PeerMemory, PoolExhausted
+from .peer_memory import PeerMemory
 from .portable import DispatchRequest, DispatchResult, PortableEngine
 
 logger = logging.getLogger("deep_ep")

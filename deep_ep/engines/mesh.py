@@ -256,8 +256,8 @@ class Mesh:
         """
         if self._broken is not None:
             raise BufferDestroyed(
-                f"{operation}: this buffer cannot be used any more, because: {self._broken}. Destroy it and construct "
-                "a new one on all ranks"
+                f"{operation}: this buffer cannot be used any more, because: {self._broken}. Call recover() on all "
+                "ranks, or destroy it and construct a new one on all ranks"
             )
         self._operation_number += 1
         self._operation = operation

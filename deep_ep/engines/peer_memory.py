@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .._native import _C
-from ..errors import BufferDestroyed, ConfigError, DeepEPError, PeerError, TopologyError
+from ..errors import BufferDestroyed, ConfigError, PeerError, PoolExhausted, TopologyError
 from .mesh import Members, resolve_timeout
 from .peer_links import GroupLinks, Links, SocketLinks, close_fds
 from .peer_reach import check_reports, report_device
@@ -33,10 +33,6 @@ logger = logging.getLogger("deep_ep")
 HANDLE_KINDS = {"fd": 0, "fabric": 1, "ipc": 2}
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 _CHUNK_ALIGNMENT = 2 << 20
-
-
-class PoolExhausted(DeepEPError, MemoryError):
-    """The pool of symmetric memory, or the device, has no room for what was asked."""
 
 
 def resolve_max_pool_bytes(max_pool_bytes: int | None) -> int:
