@@ -25,7 +25,7 @@ from .event import EventHandle, EventOverlap, wait_previous
 from .handles import Handle, check_handle_fields
 from .low_latency import LowLatencyMixin
 from .requests import cached_request, check_quantizable, checked_config, fresh_request, scale_format_of
-from .topology import domain_from_environment, host_identity, resolve_topology
+from .topology import domain_from_environment, host_identity, resolve_topology, scratch_device
 from .traffic import TrafficStats
 from .tuning import config_for_call, config_for_group
 
@@ -121,7 +121,7 @@ class Buffer(LowLatencyMixin):
         topology = resolve_topology(self.rank, [host for host, _ in reports], domains[0])
         mesh = Mesh(members, timeout)
         shared = SharedRows(members, enabled=os.environ.get("DEEP_EP_SHARED_MEMORY", "1") != "0")
-        place = _scratch_device(group, device)
+        place = scratch_device(group, device)
         pool = PoolRequest(max(num_nvl_bytes, MIN_POOL_BYTES), max_pool_bytes, use_fabric)
         memory = open_peer_memory(members, topology, place, pool, timeout)
         parts: dict[str, Any] = {
@@ -585,16 +585,6 @@ class Buffer(LowLatencyMixin):
         if self.runtime is None:
             raise BufferDestroyed(f"{operation}: this buffer was destroyed; construct a new one on all ranks")
         return self.runtime
-
-
-def _scratch_device(group: dist.ProcessGroup | None, device: str | torch.device | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        on_cuda = group is not None and "nccl" in dist.get_backend(group)
-        if on_cuda or torch.cuda.is_initialized():
-            return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 @atexit.register

@@ -11,6 +11,9 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
+
 from .errors import TopologyError
 
 #: GPUs of one host where nothing else is known: sizes are asked for before any group exists.
@@ -111,3 +114,14 @@ def resolve_topology(rank: int, hosts: Sequence[str], requested: int | None) -> 
             f"DEEP_EP_NVL_DOMAIN (or num_nvl_peers) to a divisor of {num_ranks}, or leave it unset"
         )
     return Topology(num_ranks, rank, domain)
+
+
+def scratch_device(group: dist.ProcessGroup | None, device: str | torch.device | None) -> torch.device:
+    """Where a buffer's scratch memory lies: as asked for, else the current CUDA device if the process uses one."""
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        on_cuda = group is not None and "nccl" in dist.get_backend(group)
+        if on_cuda or torch.cuda.is_initialized():
+            return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -28,6 +28,7 @@ from harness import RankContext, expect_bits, run_ranks
 import deep_ep
 from deep_ep import Buffer, Config
 from deep_ep.engines import cuda
+from deep_ep.engines.combine_inputs import counts_of
 from deep_ep.engines.cuda import DeviceRows
 from deep_ep.engines.outputs import Field, Landing, TensorMaker
 from deep_ep.errors import PoolExhausted
@@ -165,7 +166,7 @@ def test_what_copy_engines_bring(bare_kernels):
     assert pushed[0][4][:2] == [1010 + 2 * 32, 2020 + 4 * 32]
     assert kernels.launches == {"push": 1}
     prefix = torch.tensor([[1, 2, 3], [5, 7, 9], [12, 15, 18]], dtype=torch.int32)
-    assert cuda._counts_of(prefix) == sent
+    assert counts_of(prefix) == sent
 
 
 def test_blocks_that_may_wait_at_once(bare_kernels, monkeypatch):

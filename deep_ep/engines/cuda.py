@@ -20,6 +20,7 @@ from .._native import _C, ELEMENT_TYPES
 from ..errors import ConfigError, DeepEPError, PoolExhausted
 from ..handles import Handle
 from .arena import Arena
+from .combine_inputs import COUNTS, CombineInputs, counts_of
 from .failures import failure, never_ran, overflowed, refusal
 from .outputs import SRC_IDX, Field, Landing, RowPlan, TensorMaker, aligned
 from .peer_memory import PeerMemory
@@ -32,8 +33,6 @@ MAX_PEERS, MAX_LOCAL_EXPERTS, MAX_CHANNELS = 32, 1024, 128
 _NO_PLACE = (torch.UntypedStorage(0), 0)
 _COUNTS_FAILED, _COUNTS_REFUSED = 0, 2
 _FORMATS: dict[fp8.ScaleFormat, int] = {"fp32": 0, "pow2": 1, "ue8m0": 2}
-#: Rows from each rank to each, which an uncached dispatch leaves on the first tensor of its handle.
-_COUNTS = "_deep_ep_send_counts"
 #: Buffers of this process by device: the SMs that waiting blocks may take are shared between them.
 _num_buffers: collections.Counter[torch.device] = collections.Counter()
 
@@ -47,7 +46,7 @@ class DeviceRows:
     scale_format: fp8.ScaleFormat | None = None
 
 
-class CudaKernels:
+class CudaKernels(CombineInputs):
     """Launches the kernels of one buffer. Between `begin` and `end`, by one thread at a time.
 
     Args:
@@ -226,7 +225,7 @@ class CudaKernels:
         if not num_worst_tokens:
             self._await_counts()
             num_rows, fits, counts, sent, most, away = self._domain.counts(num_experts)
-            setattr(handle_tensors[0], _COUNTS, sent)
+            setattr(handle_tensors[0], COUNTS, sent)
             if not fits:
                 # Some rank guessed too little: all ranks know, make room together, and place the rows once more.
                 landing = self._land_together(plan, num_rows, most)
@@ -279,12 +278,12 @@ class CudaKernels:
         kept: list[torch.UntypedStorage] = []
         row_offset = self._offset(rows)
         if row_offset < 0:
-            sent = self._pushable(getattr(handle[0], _COUNTS, None), rows) if number else None
+            sent = self._pushable(getattr(handle[0], COUNTS, None), rows) if number else None
             if sent is None:
                 row_offset = self._to_heap(rows, copies, kept)
                 if row_offset < 0 and number:
                     # A wait for the device, where the only other way is to give up.
-                    sent = self._pushable(_counts_of(handle[0]), rows)
+                    sent = self._pushable(counts_of(handle[0]), rows)
                 if row_offset < 0 and sent is None:
                     raise self._no_room("combine", "x", rows)
         weight_offset = -1 if weights is None else self._offset(weights)
@@ -424,10 +423,6 @@ class CudaKernels:
             raise PoolExhausted(f"no memory for {num_bytes} bytes of a handle")
         return part
 
-    def note_missing(self, num_bytes: int) -> None:
-        """The pool could not give these; the next call that can grows it."""
-        self._missing = max(self._missing, num_bytes)
-
     def _land(self, plan: RowPlan, capacity: int, *, with_src_idx: bool, may_stage: bool = True) -> Landing | None:
         """Memory for ``capacity`` rows: of the pool, else staging memory, else None."""
         starts, total = plan.starts(capacity)
@@ -542,13 +537,6 @@ class CudaKernels:
             "num_nvl_bytes or max_pool_bytes"
         )
 
-    def _no_room(self, operation: str, name: str, tensor: torch.Tensor) -> PoolExhausted:
-        return PoolExhausted(
-            f"{operation}: no room in symmetric memory for a copy of {name} {list(tensor.shape)} {tensor.dtype}: "
-            f"{self.memory.usage()}. Compute x into `buffer.empty_combine_input(handle, hidden)`, drop received "
-            "tensors earlier, or construct the buffer with a larger num_nvl_bytes or max_pool_bytes"
-        )
-
     # Launches.
 
     def _await_counts(self) -> None:
@@ -604,68 +592,6 @@ class CudaKernels:
         self._count("dispatch_combine_copy")
         _C.copy_segments(copies, sms, self._stream)
 
-    def _to_heap(
-        self, tensor: torch.Tensor, copies: list[tuple[int, int, int]], kept: list[torch.UntypedStorage]
-    ) -> int:
-        """A place in the pool for a copy of a tensor that peers read; -1 if it is full."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        if num_bytes == 0:
-            return 0
-        taken = self.memory.take(num_bytes, self._stream, self._capturing)
-        if taken is None:
-            self.note_missing(num_bytes)
-            return -1
-        # Whole vectors: storage ends are further apart than that.
-        copies.append((tensor.data_ptr(), taken[0].data_ptr(), -(-num_bytes // 16) * 16))
-        kept.append(taken[0])
-        return taken[1]
-
-    def _behind_inbox(
-        self, weights: torch.Tensor, num_tokens: int, row_bytes: int, copies: list[tuple[int, int, int]]
-    ) -> int:
-        """A place for weights at the end of the staging memory, whose front may take rows of this combine."""
-        num_bytes = aligned(weights.numel() * weights.element_size())
-        at = (self.memory.staging_bytes - num_bytes) // 16 * 16
-        if at < num_tokens * (self.num_ranks - 1) * row_bytes:
-            raise self._no_room("combine", "topk_weights", weights)
-        if self._capturing:
-            self.memory.lease_staging()
-        at += self.memory.staging_offset
-        copies.append((weights.data_ptr(), self.memory.bases[self.rank] + at, num_bytes // 16 * 16))
-        return at
-
-    def _offset(self, tensor: torch.Tensor) -> int:
-        """In the heap, where peers can read it; -1 elsewhere."""
-        if tensor.numel() == 0:
-            return 0
-        offset = self.memory.offset_of(tensor)
-        return -1 if offset is None else offset
-
-    def _pushable(self, sent: list[list[int]] | None, rows: torch.Tensor) -> list[list[int]] | None:
-        """The counts, if copy engines can bring ``rows`` home: the host has to know them for that."""
-        if self._push is None or sent is None or len(sent) != self.num_ranks:
-            return None
-        most = max(sum(row) - row[rank] for rank, row in enumerate(sent))
-        fits = most * rows.shape[1] * rows.element_size() <= self.memory.staging_bytes
-        # Rows beyond those that came are the padding of a worst-case dispatch.
-        return sent if fits and sum(row[self.rank] for row in sent) <= rows.shape[0] else None
-
-    def _push_rows(self, number: int, rows: torch.Tensor, sent: list[list[int]]) -> None:
-        row_bytes = rows.shape[1] * rows.element_size()
-        offsets = self.memory.staging_offsets
-        inboxes = []
-        for home in range(self.num_ranks):
-            before = sum(count for source, count in enumerate(sent[home][: self.rank]) if source != home)
-            inboxes.append(self.memory.bases[home] + offsets[home] + before * row_bytes)
-        if self._push is not None:
-            self._count("push")
-            received = [row[self.rank] for row in sent]
-            self._push.push(number, rows.data_ptr(), row_bytes, received, inboxes)
-
-    def _count(self, kernel: str) -> None:
-        self._launched = True
-        self.launches[kernel] = self.launches.get(kernel, 0) + 1
-
     def _check_limits(self, num_experts: int, num_channels: int) -> None:
         local = -(-num_experts // self.num_ranks)
         if local > MAX_LOCAL_EXPERTS or num_channels > MAX_CHANNELS:
@@ -673,9 +599,3 @@ class CudaKernels:
                 f"dispatch: {num_experts} experts on {self.num_ranks} ranks and {num_channels} channels; the kernels "
                 f"take at most {MAX_LOCAL_EXPERTS} experts a rank and {2 * MAX_CHANNELS} SMs"
             )
-
-
-def _counts_of(rank_prefix: torch.Tensor) -> list[list[int]]:
-    """Rows from each rank to each, of a handle's first tensor. Waits for the device."""
-    counts: list[list[int]] = rank_prefix.diff(dim=0, prepend=torch.zeros_like(rank_prefix[:1])).tolist()
-    return counts
