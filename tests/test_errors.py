@@ -359,6 +359,8 @@ def run_one_bad(ctx: RankContext, how: str):
         call = lambda: buffer.dispatch(x[:4] if bad else x, handle=handle)  # noqa: E731
     elif how == "combine":
         call = lambda: buffer.combine(recv.int() if bad else recv, handle)  # noqa: E731
+    elif how == "event":
+        call = lambda: buffer.dispatch(x, handle=handle, previous_event=7 if bad else None)  # noqa: E731
     elif how == "worst":
         call = lambda: dispatch(buffer, x, layout, idx, weights, num_worst_tokens=1 if bad else 500)  # noqa: E731
     else:
@@ -370,7 +372,7 @@ def run_one_bad(ctx: RankContext, how: str):
     return outcome, elapsed
 
 
-@pytest.mark.parametrize("how", ["dispatch", "index", "cached", "combine"])
+@pytest.mark.parametrize("how", ["dispatch", "index", "cached", "combine", "event"])
 def test_one_rank_refuses_its_input(spawn_fresh, how):
     results = spawn_fresh(3, run_one_bad, how)
     for rank, (outcome, elapsed) in enumerate(results):

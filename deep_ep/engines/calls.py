@@ -50,8 +50,11 @@ class Call:
         torch._C._set_grad_enabled(False)
         try:
             self._enter()
-        except BaseException:
-            self._unwind()
+        except BaseException as error:
+            try:
+                self._fail(error)
+            finally:
+                self._unwind()
             raise
         return self
 

@@ -69,10 +69,10 @@ class DeviceCall(Call):
             if event is None:
                 comm.wait_stream(self._current)
             self._push(torch.cuda.stream(comm))
-        if previous is not None:
-            wait_previous(previous)
         kernels.begin()
         self._begun = True
+        if previous is not None:
+            wait_previous(previous)
 
     def _push(self, context: AbstractContextManager[Any]) -> None:
         context.__enter__()
