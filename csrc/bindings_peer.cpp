@@ -118,19 +118,20 @@ void combine_rows(PeerDomain& self, uint64_t signature, std::pair<Address, int64
                   Address rank_prefix, int num_tokens, Address send_head, int64_t hidden, int type,
                   const std::vector<Address>& biases, Address out, int num_topk, Address out_weights,
                   int num_sms, Address stream) {
-    CombineRowsArgs args{self.domain(),
-                         signature,
-                         pointer<const uint8_t>(rows.first),
-                         rows.second,
-                         pointer<const float>(weights.first),
-                         weights.second,
-                         push_number,
-                         pointer<uint8_t>(inbox),
-                         pointer<const int32_t>(rank_prefix),
-                         num_tokens,
-                         pointer<const int32_t>(send_head),
-                         hidden,
-                         static_cast<ElementType>(type)};
+    CombineRowsArgs args{};
+    args.domain = self.domain();
+    args.signature = signature;
+    args.rows = pointer<const uint8_t>(rows.first);
+    args.rows_offset = rows.second;
+    args.weights = pointer<const float>(weights.first);
+    args.weights_offset = weights.second;
+    args.push_number = push_number;
+    args.inbox = pointer<uint8_t>(inbox);
+    args.rank_prefix = pointer<const int32_t>(rank_prefix);
+    args.num_tokens = num_tokens;
+    args.send_head = pointer<const int32_t>(send_head);
+    args.hidden = hidden;
+    args.type = static_cast<ElementType>(type);
     for (Address bias : biases) args.biases[args.num_biases++] = pointer<const uint8_t>(bias);
     args.out = pointer<uint8_t>(out);
     args.num_topk = num_topk;
