@@ -16,8 +16,9 @@ from deep_ep.tune.settings import DTYPE_CHOICES, TuneConfig
 
 DESCRIPTION = """\
 Find out how many SMs dispatch and combine need on this machine. Measures both at every budget, alone and beside GEMMs
-that keep the rest of the GPU busy, and takes the smallest budget whose step is within 3 % of the best. Writes the table
-that calls without a config then use (tuned.json in the user's cache folder, or under --out) and a picture.
+that keep the rest of the GPU busy, and takes the smallest budget whose step is within 3 % of the best and whose calls
+alone take no 25 % longer than the fastest. Writes the table that calls without a config then use (tuned.json in the
+user's cache folder, or under --out) and a picture.
 """
 
 _NUMBERS = (
