@@ -39,14 +39,12 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] | None = None,
     shape: Sequence[int | None] | None = None,
     device: torch.device | None = None,
-    any_strides: bool = False,
 ) -> torch.Tensor:
     """Check one tensor argument and return it contiguous.
 
     Args:
         shape: expected sizes, None where any size will do.
         device: expected device.
-        any_strides: return it as it is.
     """
     if not isinstance(value, torch.Tensor):
         raise ConfigError(f"{operation}: {name} is a {type(value).__name__}; expected a {dim}-D torch.Tensor")
@@ -61,7 +59,7 @@ def check_tensor(
         raise ConfigError(
             f"{operation}: {name} is on {value.device} but x is on {device}; all tensors of a call share one device"
         )
-    return value if any_strides or value.is_contiguous() else value.contiguous()
+    return value if value.is_contiguous() else value.contiguous()
 
 
 def _matches(shape: Sequence[int | None], sizes: Sequence[int]) -> bool:
@@ -109,9 +107,8 @@ def check_rows(x: Any, operation: str) -> tuple[torch.Tensor, torch.Tensor | Non
         operation,
         dim=2,
         dtypes=SCALE_DTYPES,
-        shape=(rows.shape[0], None),
+        shape=[rows.shape[0], None],
         device=rows.device,
-        any_strides=True,
     )
     if scales.shape[1] == 0:
         raise ConfigError(f"{operation}: scales is {_shape(scales)}; expected [T, S] with S of at least 1")
