@@ -221,6 +221,7 @@ void bind_domain(py::module_& m) {
         .def_property("warn_after_s", &PeerDomain::warn_after, &PeerDomain::set_warn_after)
         .def("take_late", &take_late)
         .def("set_debug", &PeerDomain::set_debug)
+        .def("give_up", &PeerDomain::give_up)
         .def("reset", &PeerDomain::reset)
         .def("close", &PeerDomain::close);
 }

@@ -31,7 +31,7 @@ def expert_to_rank(num_experts: int, num_ranks: int, device: str | torch.device 
     return torch.repeat_interleave(torch.arange(num_ranks, dtype=torch.int64), counts).to(device)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DispatchLayout:
     """What `Buffer.get_dispatch_layout` returns, without the event.
 

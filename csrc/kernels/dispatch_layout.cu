@@ -1,3 +1,5 @@
+#include <cooperative_groups.h>
+
 #include <algorithm>
 
 #include "kernels/peer_launch.h"
@@ -9,23 +11,24 @@
 namespace deep_ep {
 namespace {
 
-constexpr int kNumThreads = 256;
-constexpr int kMaxBlocks = 32;
+namespace cg = cooperative_groups;
+
+constexpr int kNumThreads = 1024;
+constexpr int kBlocks = 8;        // one cluster, the largest that every GPU grants
 constexpr int kBatch = 4;         // indices that a thread reads together
 constexpr int kMaxTokens = 1024;  // of a block at a time
 
-// Blocks count into shared memory, add to counters that are zero between calls, and the last one hands the sums out and
-// clears them: one launch, no memset. Sums of integers do not depend on the order.
+// One cluster: blocks count into shared memory, and each then sums a share of the counters over all blocks. No counters in
+// global memory, which would cost a fence, an arrival counter and two more latencies.
 template <class Index>
-__global__ void __launch_bounds__(kNumThreads)
+__global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kNumThreads)
     dispatch_layout(const __grid_constant__ DispatchLayoutArgs args, const int block_tokens) {
     extern __shared__ uint32_t counts[];  // [num_ranks] then [num_experts]
     __shared__ uint32_t ranks_of[kMaxTokens];
     const int num_ranks = args.domain.num_ranks, num_counts = num_ranks + args.num_experts;
     const auto* topk_idx = static_cast<const Index*>(args.topk_idx);
-    ControlBlock* control = sync::own_control(args.domain);
     for (int i = threadIdx.x; i < num_counts; i += kNumThreads) counts[i] = 0;
-    for (int first = blockIdx.x * block_tokens; first < args.num_tokens; first += gridDim.x * block_tokens) {
+    for (int first = blockIdx.x * block_tokens; first < args.num_tokens; first += kBlocks * block_tokens) {
         const int num_tokens = min(block_tokens, args.num_tokens - first);
         const int num_indices = num_tokens * args.num_topk;
         const Index* indices = topk_idx + static_cast<int64_t>(first) * args.num_topk;
@@ -54,8 +57,6 @@ __global__ void __launch_bounds__(kNumThreads)
             }
         }
         __syncthreads();
-        // A thread a token and rank, so that neighbours write neighbouring bytes; a warp adds what its threads have in
-        // common by one atomic for each rank.
         const int num_flags = num_tokens * num_ranks;
         uint8_t* in_rank = args.is_token_in_rank + static_cast<int64_t>(first) * num_ranks;
         for (int i = threadIdx.x; i < num_flags; i += kNumThreads) {
@@ -70,25 +71,21 @@ __global__ void __launch_bounds__(kNumThreads)
         }
         __syncthreads();
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < num_counts; i += kNumThreads) {
-        if (counts[i] != 0) atomicAdd(&control->layout_counts[i], counts[i]);
-    }
-    __shared__ bool is_last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = ptx::add_acq_rel_gpu(&control->layout_arrived, 1) == gridDim.x - 1;
-    __syncthreads();
-    if (!is_last) return;
-    for (int i = threadIdx.x; i < num_counts; i += kNumThreads) {
-        const auto sum = static_cast<int32_t>(atomicExch(&control->layout_counts[i], 0u));
+    auto cluster = cg::this_cluster();
+    cluster.sync();
+    const int share = (num_counts + kBlocks - 1) / kBlocks, begin = static_cast<int>(blockIdx.x) * share;
+    for (int i = begin + threadIdx.x; i < min(begin + share, num_counts); i += kNumThreads) {
+        uint32_t sum = 0;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) sum += cluster.map_shared_rank(counts, b)[i];
         if (i < num_ranks) {
-            args.num_tokens_per_rank[i] = sum;
+            args.num_tokens_per_rank[i] = static_cast<int32_t>(sum);
         } else {
-            args.num_tokens_per_expert[i - num_ranks] = sum;
+            args.num_tokens_per_expert[i - num_ranks] = static_cast<int32_t>(sum);
         }
     }
-    if (threadIdx.x == 0) control->layout_arrived = 0;
+    // Shared memory of a block stays until all have read it.
+    cluster.sync();
 }
 
 }  // namespace
@@ -100,15 +97,13 @@ void prepare_dispatch_layout() {
 
 void launch_dispatch_layout(const DispatchLayoutArgs& args, Stream stream) {
     check_limit(args.num_experts, kMaxLayoutExperts, "dispatch_layout", "the number of experts");
-    const int share = (args.num_tokens + kMaxBlocks - 1) / kMaxBlocks;
-    const int block_tokens = std::clamp(share, 1, kMaxTokens);
-    const int blocks = std::clamp((args.num_tokens + block_tokens - 1) / block_tokens, 1, kMaxBlocks);
+    const int block_tokens = std::clamp((args.num_tokens + kBlocks - 1) / kBlocks, 1, kMaxTokens);
     const size_t shared = sizeof(uint32_t) * (args.domain.num_ranks + args.num_experts);
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     if (args.topk_is_int64) {
-        dispatch_layout<int64_t><<<blocks, kNumThreads, shared, cuda_stream>>>(args, block_tokens);
+        dispatch_layout<int64_t><<<kBlocks, kNumThreads, shared, cuda_stream>>>(args, block_tokens);
     } else {
-        dispatch_layout<int32_t><<<blocks, kNumThreads, shared, cuda_stream>>>(args, block_tokens);
+        dispatch_layout<int32_t><<<kBlocks, kNumThreads, shared, cuda_stream>>>(args, block_tokens);
     }
     check_launch("dispatch_layout");
 }

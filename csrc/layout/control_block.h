@@ -34,9 +34,7 @@ struct alignas(16) ControlBlock {
     // Written by the owner's kernels.
     uint64_t epoch;    // operations completed
     uint32_t arrived;  // blocks of the running kernel that have done their part
-    uint32_t layout_arrived;
-    uint32_t failed;  // set with the first failure: nothing is signalled or waited for any more
-    uint32_t layout_counts[4096 + kMaxPeers];  // sums of the layout kernel, zero between calls
+    uint32_t failed;   // set with the first failure: nothing is signalled or waited for any more
     // Written by peers; two of each, because a peer can be one operation ahead.
     alignas(16) Announcement announcements[2][kMaxPeers];
     uint64_t done[kMaxPeers];  // epoch up to which that rank has finished with this rank's memory

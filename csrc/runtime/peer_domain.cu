@@ -69,6 +69,18 @@ PeerDomain::Outcome PeerDomain::wait_counts() const {
     return host_->epoch == kRefusedSignature ? Outcome::kRefused : Outcome::kCounts;
 }
 
+void PeerDomain::give_up() {
+    // On a stream of its own: the others may be the ones that wait.
+    cudaStream_t stream = nullptr;
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+    auto* const control = reinterpret_cast<ControlBlock*>(domain_.base[domain_.rank]);
+    const cudaError_t status = cudaMemsetAsync(&control->failed, 1, sizeof(control->failed), stream);
+    const cudaError_t ended = cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
+    check_cuda(status, "ending waits");
+    check_cuda(ended, "ending waits");
+}
+
 void PeerDomain::reset() {
     check_cuda(cudaMemset(domain_.base[domain_.rank], 0, sizeof(ControlBlock)), "clearing the control block");
     check_cuda(cudaDeviceSynchronize(), "clearing the control block");

@@ -27,6 +27,9 @@ class PeerDomain {
     // something is wrong beyond a late peer, and the wait gives up as after a failure.
     Outcome wait_counts() const;
 
+    // Ends all waits of this rank's kernels, as a failure would. Kernels of other ranks go on.
+    void give_up();
+
     // Forgets all operations, here and in the own control block. No kernel of any rank may run.
     void reset();
 

@@ -30,6 +30,7 @@ from .watch import open_domain
 _MAX_TOPK_LAYOUT_EXPERTS = 4096
 #: Ranks, experts of a rank and channels that the control block has room for (csrc/layout/control_block.h).
 MAX_PEERS, MAX_LOCAL_EXPERTS, MAX_CHANNELS = 32, 1024, 128
+_UNIT = (1,)
 _NO_PLACE = (torch.UntypedStorage(0), 0)
 _COUNTS_FAILED, _COUNTS_REFUSED = 0, 2
 _FORMATS: dict[fp8.ScaleFormat, int] = {"fp32": 0, "pow2": 1, "ue8m0": 2}
@@ -134,14 +135,13 @@ class CudaKernels(CombineInputs):
         """int32 [R], int32 [E], bool [T, R]: tokens per rank and per expert, and where each goes."""
         num_tokens, num_topk = topk_idx.shape
         num_ranks = self.num_ranks
-        experts_at = aligned(4 * num_ranks)
-        flags_at = experts_at + aligned(4 * num_experts)
-        storage, start = self._ints(flags_at + num_tokens * num_ranks)
-        per_rank = self._tensor(storage, start, torch.int32, (num_ranks,))
-        per_expert = self._tensor(storage, start + experts_at, torch.int32, (num_experts,))
-        in_rank = self._tensor(storage, start + flags_at, torch.bool, (num_tokens, num_ranks))
+        words, first = self._words(num_ranks + num_experts)
+        per_rank = words.as_strided((num_ranks,), _UNIT, first)
+        per_expert = words.as_strided((num_experts,), _UNIT, first + num_ranks)
+        storage, start = self._bytes(num_tokens * num_ranks)
+        in_rank = self._tensor(storage, start, torch.bool, (num_tokens, num_ranks))
         self._count("dispatch_layout")
-        base = storage.data_ptr() + start
+        base = words.data_ptr() + 4 * first
         self._domain.dispatch_layout(
             topk_idx.data_ptr(),
             topk_idx.dtype == torch.int64,
@@ -149,8 +149,8 @@ class CudaKernels(CombineInputs):
             num_topk,
             num_experts,
             base,
-            base + experts_at,
-            base + flags_at,
+            base + 4 * num_ranks,
+            storage.data_ptr() + start,
             self._stream,
         )
         return per_rank, per_expert, in_rank
@@ -190,11 +190,12 @@ class CudaKernels(CombineInputs):
         sms = self._blocks(num_sms)
         if num_worst_tokens:
             self._mark_unused(plan, landing, sms)
-        matrix, channels = 4 * num_ranks * num_ranks, 4 * num_ranks * num_channels
-        parts = (0, matrix, matrix + channels, aligned(matrix + 2 * channels))
-        storage, start = self._ints(parts[3] + 4 * num_tokens * num_ranks)
-        base = storage.data_ptr() + start
-        send_head = base + parts[3]
+        # The handle's own tensors: prefix matrix [R, R], two channel matrices [R, C], heads [T, R].
+        matrix, channels = num_ranks * num_ranks, num_ranks * num_channels
+        words, first = self._words(matrix + 2 * channels + num_tokens * num_ranks)
+        base = words.data_ptr() + 4 * first
+        sent_at, received_at, heads_at = matrix, matrix + channels, matrix + 2 * channels
+        send_head = base + 4 * heads_at
         signature = plan.signature("worst-case dispatch" if num_worst_tokens else "dispatch", num_experts, num_channels)
         self._count("dispatch_notify")
         self._domain.dispatch_notify(
@@ -208,24 +209,23 @@ class CudaKernels(CombineInputs):
             per_expert.data_ptr(),
             in_rank.data_ptr(),
             base,
-            base + parts[1],
-            base + parts[2],
+            base + 4 * sent_at,
+            base + 4 * received_at,
             send_head,
             self._stream,
         )
         self._place(x, plan, topk, num_experts, send_head, landing, signature, sms, announce=False)
-        handle_tensors = (
-            self._tensor(storage, start, torch.int32, (num_ranks, num_ranks)),
-            self._tensor(storage, start + parts[1], torch.int32, (num_ranks, num_channels)),
-            self._tensor(storage, start + parts[2], torch.int32, (num_ranks, num_channels)),
-        )
-        head = self._tensor(storage, start + parts[3], torch.int32, (num_tokens, num_ranks))
+        by_rank, by_channel = (num_ranks, 1), (num_channels, 1)
+        prefix = words.as_strided((num_ranks, num_ranks), by_rank, first)
+        sent_matrix = words.as_strided((num_ranks, num_channels), by_channel, first + sent_at)
+        received_matrix = words.as_strided((num_ranks, num_channels), by_channel, first + received_at)
+        head = words.as_strided((num_tokens, num_ranks), by_rank, first + heads_at)
         counts: list[int] = []
         num_rows = num_worst_tokens
         if not num_worst_tokens:
             self._await_counts()
             num_rows, fits, counts, sent, most, away = self._domain.counts(num_experts)
-            setattr(handle_tensors[0], COUNTS, sent)
+            setattr(prefix, COUNTS, sent)
             if not fits:
                 # Some rank guessed too little: all ranks know, make room together, and place the rows once more.
                 landing = self._land_together(plan, num_rows, most)
@@ -240,7 +240,7 @@ class CudaKernels(CombineInputs):
                 self._reserve_staging(wanted)
         tensors, src = self._cut(plan, landing, num_rows, sms, with_src_idx=True)
         src_idx = self._tensor(src[0], src[1], torch.int32, (num_rows,))
-        handle = (*handle_tensors, src_idx, in_rank, head)
+        handle = (prefix, sent_matrix, received_matrix, src_idx, in_rank, head)
         scales, idx, weights = plan.named(tensors)
         return DispatchResult(tensors[0], scales, idx, weights, counts, handle)
 
@@ -378,6 +378,8 @@ class CudaKernels(CombineInputs):
         """
         if self._push is not None:
             self._push.release()
+        # A kernel may still wait for a peer that gave up: this rank's own refusal, or what the peer never began.
+        self._domain.give_up()
         torch.cuda.synchronize(self.device)
         self.memory.rendezvous("recover: all ranks are idle", None)
         self._domain.reset()
@@ -417,10 +419,16 @@ class CudaKernels(CombineInputs):
             plan = self._plans[key] = RowPlan(fields, repr(key))
         return plan
 
-    def _ints(self, num_bytes: int) -> tuple[torch.UntypedStorage, int]:
+    def _bytes(self, num_bytes: int) -> tuple[torch.UntypedStorage, int]:
         part = self._small.take(num_bytes, self._stream, self._capturing)
         if part is None:  # ordinary memory: torch raises when there is none
             raise PoolExhausted(f"no memory for {num_bytes} bytes of a handle")
+        return part
+
+    def _words(self, num_words: int) -> tuple[torch.Tensor, int]:
+        part = self._small.take_words(num_words, self._stream, self._capturing)
+        if part is None:
+            raise PoolExhausted(f"no memory for {4 * num_words} bytes of a handle")
         return part
 
     def _land(self, plan: RowPlan, capacity: int, *, with_src_idx: bool, may_stage: bool = True) -> Landing | None:
@@ -510,7 +518,7 @@ class CudaKernels(CombineInputs):
                 for field, start in zip(plan.fields, starts, strict=True)
             ]
         if src is None and with_src_idx:
-            src = self._ints(4)
+            src = self._bytes(4)
         return tensors, src or _NO_PLACE
 
     def _unstage(
@@ -519,7 +527,7 @@ class CudaKernels(CombineInputs):
         starts, total = plan.starts(num_rows)
         src_bytes = aligned(num_rows * SRC_IDX.row_bytes) if with_src_idx else 0
         block = torch.UntypedStorage(total, device=self.device)
-        src = self._ints(max(src_bytes, 4))
+        src = self._bytes(max(src_bytes, 4))
         staged, to = self.memory.bases[self.rank] + landing.staged_at, block.data_ptr()
         copies = [
             (staged + source, to + target, aligned(num_rows * field.row_bytes))
