@@ -329,3 +329,119 @@ def probe_flags(
     result: int,
     stream: int,
 ) -> None: ...
+
+# Low-latency operations: see csrc/layout/low_latency_layout.h. L local experts, R ranks, M tokens a rank, K selections.
+LOW_LATENCY_LIMITS: dict[str, int]
+
+def low_latency_layout(
+    num_ranks: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int
+) -> dict[str, int]: ...
+def low_latency_offsets(
+    num_ranks: int,
+    num_max_tokens: int,
+    num_topk: int,
+    num_experts: int,
+    hidden: int,
+    set: int,
+    rank: int,
+    token: int,
+    part: int,
+) -> dict[str, int]: ...
+def low_latency_cut_row(row_bytes: int, wanted: int) -> tuple[int, int]: ...
+def load_low_latency_kernels() -> None: ...
+
+class LowLatencyOutputs:
+    def __init__(
+        self, num_local: int, num_ranks: int, num_max_tokens: int, num_topk: int, row_bytes: int, scale_columns: int
+    ) -> None: ...
+    @property
+    def scales_at(self) -> int: ...
+    @property
+    def rows_block_bytes(self) -> int: ...
+    @property
+    def ticket_at(self) -> int: ...
+    @property
+    def recv_count_at(self) -> int: ...
+    @property
+    def src_info_at(self) -> int: ...
+    @property
+    def source_tokens_at(self) -> int: ...
+    @property
+    def positions_at(self) -> int: ...
+    @property
+    def small_block_bytes(self) -> int: ...
+
+class LowLatencyPeers:
+    def __init__(
+        self,
+        peers: PeerDomain,
+        regions: list[int],
+        num_max_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        hidden: int,
+        masked: int,
+        last_waits_ns: int,
+        mask_after_s: float,
+    ) -> None: ...
+    def clear(self) -> None: ...
+    def refuse(self, kind: int, stream: int) -> None: ...
+
+class LowLatencyDispatchPlan:
+    def __init__(
+        self,
+        peers: LowLatencyPeers,
+        signature: int,
+        num_topk: int,
+        topk_is_int64: bool,
+        num_experts: int,
+        num_max_tokens: int,
+        hidden: int,
+        format: int,
+    ) -> None: ...
+    @property
+    def outputs(self) -> LowLatencyOutputs: ...
+    def launch(
+        self,
+        x: int,
+        topk_idx: int,
+        num_tokens: int,
+        rows: int,
+        small: int,
+        recv_stats: int,
+        wait_stats: int,
+        part: int,
+        num_sms: int,
+        stream: int,
+    ) -> None: ...
+
+class LowLatencyCombinePlan:
+    def __init__(
+        self,
+        peers: LowLatencyPeers,
+        signature: int,
+        num_topk: int,
+        topk_is_int64: bool,
+        num_experts: int,
+        num_max_tokens: int,
+        hidden: int,
+        sum_at_home: bool,
+        use_logfmt: bool,
+    ) -> None: ...
+    def launch(
+        self,
+        x: int,
+        src_info: int,
+        layout_range: int,
+        source_tokens: int,
+        positions: int,
+        topk_idx: int,
+        topk_weights: int,
+        num_tokens: int,
+        out: int,
+        wait_stats: int,
+        ticket: int,
+        part: int,
+        num_sms: int,
+        stream: int,
+    ) -> None: ...

@@ -133,7 +133,8 @@ class Buffer(LowLatencyMixin):
             "num_nvl_bytes": num_nvl_bytes,
             "num_rdma_bytes": num_rdma_bytes,
         }
-        self.runtime = PortableEngine(**parts) if memory is None else CudaEngine(parts, memory, timeout)
+        mask_after_s = timeout if enable_shrink else 0.0
+        self.runtime = PortableEngine(**parts) if memory is None else CudaEngine(parts, memory, timeout, mask_after_s)
         self.engine = self.runtime.name
         _live_buffers.add(self)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,11 +12,11 @@ from . import checks, fp8
 from .checks import describe_value
 from .config import low_latency_size_hint
 from .engines import portable_ll
-from .engines.calls import Call
+from .engines.low_latency_call import LowLatencyCall
 from .engines.portable import PortableEngine
 from .engines.portable_ll import LowLatencyCombine, LowLatencyDispatch
 from .errors import ConfigError
-from .event import EventHandle, EventOverlap
+from .event import EventOverlap
 from .layout import check_topk_range, num_local_experts
 from .requests import scale_format_of
 
@@ -123,7 +123,8 @@ class LowLatencyMixin:
         """
         operation = "low_latency_dispatch"
         engine = self._engine(operation)
-        with Call(engine, operation, (), None, False) as call:
+        kernels = self._kernels(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8)
+        with LowLatencyCall(engine, operation, kernels, (x, topk_idx), async_finish) as call:
             self._check_outstanding(operation, async_finish, return_recv_hook)
             x = checks.check_tensor(x, "x", operation, dim=2, dtypes=[torch.bfloat16])
             topk_idx = checks.check_topk_idx(topk_idx, operation)
@@ -131,7 +132,8 @@ class LowLatencyMixin:
             shape = [x.shape[0], num_topk]
             checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, shape=shape, device=x.device)
             num_experts = checks.check_num_experts(num_experts, operation)
-            check_topk_range(topk_idx, num_experts)
+            if kernels is None:  # which check it on the device
+                check_topk_range(topk_idx, num_experts)
             num_max = checks.check_count(
                 num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank", operation, minimum=1
             )
@@ -149,11 +151,16 @@ class LowLatencyMixin:
                 _check_stats(stats[1], "dispatch_wait_recv_cost_stats", operation, torch.int64, self.group_size)
             request = LowLatencyDispatch(x, topk_idx, num_max, num_experts, scale_format, *stats)
             call.start()
-            output, finish = portable_ll.dispatch(engine, request, self._masked, self.enable_shrink)
-            hook = self._finish(finish, return_recv_hook)
+            if kernels is not None:
+                output, receive = kernels.dispatch(request, return_recv_hook)
+                hook = None if receive is None else ReceiveHook(receive)
+                call.keep((output.rows, output.scales, output.count, output.src_info, output.layout_range))
+            else:
+                output, finish = portable_ll.dispatch(engine, request, self._masked, self.enable_shrink)
+                hook = self._finish(finish, return_recv_hook)
         recv_x = output.rows if output.scales is None else (output.rows, output.scales)
         handle = (output.src_info, output.layout_range, num_max, x.shape[1], num_experts)
-        return recv_x, output.count, handle, EventOverlap(EventHandle() if async_finish else None), hook
+        return recv_x, output.count, handle, call.event, hook
 
     def low_latency_combine(
         self,
@@ -194,7 +201,10 @@ class LowLatencyMixin:
         """
         operation = "low_latency_combine"
         engine = self._engine(operation)
-        with Call(engine, operation, (), None, False) as call:
+        kernels = None
+        if isinstance(handle, (tuple, list)) and len(handle) == 5 and not use_logfmt:
+            kernels = self._kernels(x, topk_idx, handle[2], handle[4], False)
+        with LowLatencyCall(engine, operation, kernels, (x, topk_idx, topk_weights, handle), async_finish) as call:
             self._check_outstanding(operation, async_finish, return_recv_hook)
             src_info, layout_range, num_max, hidden, num_experts = self._unpacked(handle, operation)
             shape = [src_info.shape[0], src_info.shape[1], hidden]
@@ -202,7 +212,8 @@ class LowLatencyMixin:
             topk_idx = checks.check_topk_idx(topk_idx, operation)
             num_tokens, num_topk = topk_idx.shape
             checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, device=x.device)
-            check_topk_range(topk_idx, num_experts)
+            if kernels is None:
+                check_topk_range(topk_idx, num_experts)
             weights = checks.check_tensor(
                 topk_weights,
                 "topk_weights",
@@ -246,9 +257,14 @@ class LowLatencyMixin:
                 wait_stats,
             )
             call.start()
-            finish = portable_ll.combine(engine, request, self._masked, self.enable_shrink)
-            hook = self._finish(finish, return_recv_hook)
-        return out, EventOverlap(EventHandle() if async_finish else None), hook
+            if kernels is not None:
+                receive = kernels.combine(request, return_recv_hook)
+                hook = None if receive is None else ReceiveHook(receive)
+                call.keep((out,))
+            else:
+                finish = portable_ll.combine(engine, request, self._masked, self.enable_shrink)
+                hook = self._finish(finish, return_recv_hook)
+        return out, call.event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """bf16 [L, R * M, H] to write the experts' rows into, for the next `low_latency_combine(zero_copy=True)`.
@@ -277,6 +293,9 @@ class LowLatencyMixin:
                 f"low_latency_update_mask_buffer: rank {rank_to_mask} on rank {self.rank} of {self.group_size}; "
                 "expected another rank of the group"
             )
+        kernels = self._engine("low_latency_update_mask_buffer").low_latency
+        if kernels is not None:
+            kernels.set_mask(rank_to_mask, mask)
         if mask:
             self._masked.add(rank_to_mask)
         else:
@@ -290,6 +309,10 @@ class LowLatencyMixin:
         """
         self._check_shrink("low_latency_query_mask_buffer")
         _check_stats(mask_status, "mask_status", "low_latency_query_mask_buffer", torch.int32, self.group_size)
+        kernels = self._engine("low_latency_query_mask_buffer").low_latency
+        if kernels is not None:
+            mask_status.copy_(kernels.masked)
+            return
         mask_status.copy_(torch.tensor([int(r in self._masked) for r in range(self.group_size)], dtype=torch.int32))
 
     def low_latency_clean_mask_buffer(self) -> None:
@@ -299,9 +322,21 @@ class LowLatencyMixin:
             ConfigError: the buffer was made without ``enable_shrink``.
         """
         self._check_shrink("low_latency_clean_mask_buffer")
+        kernels = self._engine("low_latency_clean_mask_buffer").low_latency
+        if kernels is not None:
+            kernels.masked.zero_()
         self._masked.clear()
 
     # Internals.
+
+    def _kernels(self, x: object, topk_idx: object, num_max: object, num_experts: object, use_fp8: bool) -> Any:
+        """The kernels that serve a call, or None. The arguments are not checked yet."""
+        kernels = self._engine("low_latency").low_latency
+        if kernels is None or not isinstance(x, torch.Tensor) or not isinstance(topk_idx, torch.Tensor):
+            return None
+        if topk_idx.dim() != 2 or type(num_max) is not int or type(num_experts) is not int:
+            return None
+        return kernels if kernels.serves(x, topk_idx.shape[1], num_max, num_experts, use_fp8) else None
 
     def _check_shrink(self, operation: str) -> None:
         self._engine(operation)

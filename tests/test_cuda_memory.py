@@ -173,7 +173,7 @@ def test_blocks_that_may_wait_at_once(bare_kernels, monkeypatch):
     """All buffers of all ranks on a GPU find room side by side."""
     buffers = collections.Counter({bare_kernels.device: 1})
     monkeypatch.setattr(cuda, "_num_buffers", buffers)
-    blocks = bare_kernels._blocks
+    blocks = bare_kernels.blocks
     assert [blocks(n) for n in (0, 1, 7, 24, 132, 1000)] == [1, 1, 7, 24, 132, 132]
     buffers[bare_kernels.device] = 3
     assert [blocks(n) for n in (24, 44, 1000)] == [24, 44, 44]
@@ -466,11 +466,11 @@ def run_two_buffers(ctx: RankContext) -> None:
     config, everything = Config(256), 1 << 20
     sms = torch.cuda.get_device_properties(ctx.device).multi_processor_count
     first = make_buffer(ctx)
-    blocks, sharing = first.runtime.kernels._blocks, first.runtime.memory.num_sharing
+    blocks, sharing = first.runtime.kernels.blocks, first.runtime.memory.num_sharing
     alone, others = blocks(everything), cuda._num_buffers[first.runtime.kernels.device]
     assert alone == sms // (sharing * others)
     second = make_buffer(ctx)
-    together = [buffer.runtime.kernels._blocks(everything) for buffer in (first, second)]
+    together = [buffer.runtime.kernels.blocks(everything) for buffer in (first, second)]
     assert together == [sms // (sharing * (others + 1))] * 2
     assert blocks(2) == 2
     routing = make_routing(ctx, 340, 600, 1024)

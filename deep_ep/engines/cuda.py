@@ -11,6 +11,7 @@ all ranks alike, since all ranks pass the same kinds of tensors.
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,7 @@ class CudaKernels(CombineInputs):
         self._index: int = memory.device.index
         with torch.cuda.device(self.device):
             _C.load_peer_kernels()
+            _C.load_low_latency_kernels()
             self._domain = open_domain(memory.bases, memory.rank, timeout_s)
             self._order = _C.StreamOrder()
             can_push = self.num_ranks > 1 and memory.num_sharing == 1 and _C.PushCopies.available()
@@ -124,7 +126,27 @@ class CudaKernels(CombineInputs):
         if not self._capturing:
             self._order.end(self._stream)
 
-    def _blocks(self, num_sms: int) -> int:
+    def enter(self, stream: int | None = None) -> tuple[int, bool]:
+        """`begin` for kernels of other modules, on the current stream or on this one.
+
+        Returns:
+            the stream's handle, and whether it is being captured; both are for `leave`.
+        """
+        if stream is None:
+            stream = torch._C._cuda_getCurrentRawStream(self._index)
+        return stream, self._order.begin(stream)
+
+    def leave(self, stream: int, capturing: bool) -> None:
+        """`end` for `enter`."""
+        if not capturing:
+            self._order.end(stream)
+
+    @property
+    def domain(self) -> _C.PeerDomain:
+        """The kernels' view of the ranks."""
+        return self._domain
+
+    def blocks(self, num_sms: int) -> int:
         """Blocks that may wait for peers at once: all buffers of all ranks on this GPU must find room side by side."""
         most = self._num_sms // (self.memory.num_sharing * _num_buffers[self.device])
         return max(min(num_sms, most), 1)
@@ -187,7 +209,7 @@ class CudaKernels(CombineInputs):
                 raise self._exhausted(plan, num_worst_tokens)
             # A capacity of 0 fits nowhere, so all ranks come to the point where they make room together.
             landing = Landing(0, (0, 0, 0, 0, 0, 0), [])
-        sms = self._blocks(num_sms)
+        sms = self.blocks(num_sms)
         if num_worst_tokens:
             self._mark_unused(plan, landing, sms)
         # The handle's own tensors: prefix matrix [R, R], two channel matrices [R, C], heads [T, R].
@@ -246,7 +268,7 @@ class CudaKernels(CombineInputs):
 
     def dispatch_cached(self, x: DeviceRows, handle: Handle, num_sms: int) -> DispatchResult:
         """Repeat the routing of a handle."""
-        plan, num_rows, sms = self._plan(x, None), handle[3].shape[0], self._blocks(num_sms)
+        plan, num_rows, sms = self._plan(x, None), handle[3].shape[0], self.blocks(num_sms)
         landing = self._land(plan, num_rows, with_src_idx=False)
         if landing is None:
             raise self._exhausted(plan, num_rows)
@@ -267,7 +289,7 @@ class CudaKernels(CombineInputs):
         send_head = handle[5]
         num_tokens, hidden = send_head.shape[0], rows.shape[1]
         num_topk = 0 if weights is None else weights.shape[1]
-        sms = self._blocks(num_sms)
+        sms = self.blocks(num_sms)
         # All ranks count alike, whether or not they push: a peer may.
         number, row_bytes = 0, hidden * rows.element_size()
         sent: list[list[int]] | None = None
@@ -370,8 +392,11 @@ class CudaKernels(CombineInputs):
                 self._push.release()
         raise self._failure
 
-    def recover(self) -> None:
+    def recover(self, forget: Callable[[], None]) -> None:
         """Start anew after a failure. Collective: returns when no rank has anything of earlier operations under way.
+
+        Args:
+            forget: called while all ranks are idle, to make other parts of the buffer start anew.
 
         Raises:
             CommTimeout, PeerError: a rank did not come.
@@ -383,6 +408,7 @@ class CudaKernels(CombineInputs):
         torch.cuda.synchronize(self.device)
         self.memory.rendezvous("recover: all ranks are idle", None)
         self._domain.reset()
+        forget()
         self._failure, self._push_number, self._guess = None, 0, 0
         self.memory.rendezvous("recover: all ranks start anew", None)
 

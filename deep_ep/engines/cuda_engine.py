@@ -19,6 +19,7 @@ from ..layout import DispatchLayout
 from ..topology import Topology
 from .calls import Call, tensors_in
 from .cuda import MAX_PEERS, CudaKernels, DeviceRows
+from .cuda_ll import LowLatencyKernels
 from .mesh import Members
 from .peer_memory import PeerMemory
 from .portable import DispatchRequest, DispatchResult, PortableEngine
@@ -114,12 +115,15 @@ class CudaEngine(PortableEngine):
 
     name = "cuda"
 
-    def __init__(self, portable: dict[str, Any], memory: PeerMemory, timeout_s: float) -> None:
+    def __init__(
+        self, portable: dict[str, Any], memory: PeerMemory, timeout_s: float, mask_after_s: float = 0.0
+    ) -> None:
         super().__init__(**portable)
         self.memory = memory
         self._prefix_shape = (memory.num_ranks, memory.num_ranks)
         self.ranks_per_gpu = memory.max_sharing  # the same on all ranks, since default budgets depend on it
         self.kernels = CudaKernels(memory, timeout_s)
+        self.low_latency = LowLatencyKernels(self.kernels, self.lock, mask_after_s)
 
     def serves(self, x: object, use_fp8: bool = False) -> bool:
         return self.kernels.serves(x, use_fp8)
@@ -262,10 +266,11 @@ class CudaEngine(PortableEngine):
         with self.lock:
             super().recover(members)
             self.memory.recover(members)
-            self.kernels.recover()
+            self.kernels.recover(self.low_latency.recover)
 
     def destroy(self) -> None:
         with self.lock:
+            self.low_latency.close()
             self.kernels.close()
             self.memory.close()
             super().destroy()

@@ -408,14 +408,14 @@ class PeerMemory:
         granularity = self.heap.granularity()
         # An eighth more, so that sizes that grow slowly do not replace it at each step.
         wanted = _round_up(wanted + wanted // 8, granularity)
-        offsets = self._reserve_block(wanted)
+        offsets = self.reserve_block(wanted)
         if not offsets:
             mapped = self.heap.usage()["mapped_bytes"]
             if within_limit and wanted > room_below(self.max_pool_bytes, mapped, granularity):
                 failures = {self.rank: f"max_pool_bytes is {self.max_pool_bytes}, of which {mapped} are mapped"}
             else:
                 failures = self._append(wanted, 0)
-            offsets = [] if failures else self._reserve_block(wanted)
+            offsets = [] if failures else self.reserve_block(wanted)
             if not offsets:
                 rank, text = next(iter(failures.items()), (self.rank, "another thread took the memory"))
                 raise PoolExhausted(
@@ -475,8 +475,14 @@ class PeerMemory:
         if len({state[3] for state in states}) != 1:  # some ranks replaced their block before the failure
             self._staging.replace(0, [], self.rank, self._event())
 
-    def _reserve_block(self, num_bytes: int) -> list[int]:
-        """Offsets by rank of a block on every rank; empty, and nothing reserved, if some rank has no room."""
+    def reserve_block(self, num_bytes: int) -> list[int]:
+        """Reserve a block of the pool on every rank (collective), with any contents.
+
+        Returns:
+            its offsets by rank; empty, and nothing reserved, if some rank has no room. `return_block` of the heap gives
+            the own one back.
+        """
+        self._check_open()
         offset = self.heap.reserve_block(num_bytes)
         finished = False
         try:

@@ -98,6 +98,8 @@ class PortableEngine:
     """
 
     name = "portable"
+    #: Kernels for low-latency operations (`LowLatencyKernels`), where the engine has them.
+    low_latency: Any = None
     #: Ranks of the group that share this rank's GPU, this one included.
     ranks_per_gpu = 1
 

@@ -23,7 +23,7 @@ from .transfer import as_bytes, split_records
 _MARK_DTYPE = torch.int32
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class LowLatencyDispatch:
     """Checked arguments of one low-latency dispatch. ``scale_format``: None for bf16 rows, else as in `deep_ep.fp8`."""
 
@@ -36,7 +36,7 @@ class LowLatencyDispatch:
     wait_stats: torch.Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class LowLatencyOutput:
     """Tensors of a low-latency dispatch, written by its `finish`."""
 
@@ -47,7 +47,7 @@ class LowLatencyOutput:
     layout_range: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class LowLatencyCombine:
     """Checked arguments of one low-latency combine."""
 

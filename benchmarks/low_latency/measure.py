@@ -1,0 +1,250 @@
+"""What is timed: the operations alone, in pairs, in a CUDA graph and with hooks; the host's own time; the floors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from intranode.probes import Registers, Rig
+from intranode.world import MAX_SLEEP_CYCLES, SLEEP_CYCLES, WARMUPS, World, summary
+
+import deep_ep
+from deep_ep.errors import TopologyError
+
+from .case import Case
+
+GRAPH_PAIRS = 10  # in one graph, as the layers of a model are
+HOST_CALLS = 20
+#: Bytes before a flag: none, and an FP8 row of the usual size.
+FLAG_PAYLOADS = (0, 7168)
+LINK_ROWS = 2048
+LINK_SMS = 64
+
+
+@dataclasses.dataclass
+class Row:
+    """One figure.
+
+    Attributes:
+        bytes_over_link: that the busiest direction of a link has to carry.
+        trips: times that something has to cross the link one after the other.
+        per_call: operations or pairs in a call.
+        in_graph: the call replays a graph.
+    """
+
+    key: str
+    name: str
+    call: Callable[[], Any]
+    bytes_over_link: int
+    trips: int
+    per_call: int = 1
+    in_graph: bool = False
+
+
+class Workload:
+    """The calls of one buffer on one case, in one format; checked once."""
+
+    def __init__(self, buffer: deep_ep.Buffer, case: Case, use_fp8: bool) -> None:
+        self.buffer, self.case, self.use_fp8 = buffer, case, use_fp8
+        result = self.dispatch()
+        case.check_dispatch(result, use_fp8)
+        self.handle = result[2]
+        case.check_combine(self.combine())
+        self.dispatch_hooked()
+        case.check_combine(self.combine_hooked())
+        case.world.barrier()
+
+    def dispatch(self, **options: Any) -> Any:
+        case = self.case
+        return self.buffer.low_latency_dispatch(
+            case.x, case.idx, case.max_tokens, case.args.experts, use_fp8=self.use_fp8, **options
+        )
+
+    def combine(self, handle: Any = None, **options: Any) -> Any:
+        case = self.case
+        return self.buffer.low_latency_combine(
+            case.expert_rows, case.idx, case.weights, handle or self.handle, **options
+        )
+
+    def pair(self) -> Any:
+        return self.combine(self.dispatch()[2])
+
+    def dispatch_hooked(self) -> Any:
+        result = self.dispatch(return_recv_hook=True)
+        result[4]()
+        return result
+
+    def combine_hooked(self, handle: Any = None) -> Any:
+        result = self.combine(handle, return_recv_hook=True)
+        result[2]()
+        return result
+
+    def pair_hooked(self) -> Any:
+        return self.combine_hooked(self.dispatch_hooked()[2])
+
+    def graph(self) -> Callable[[], None]:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            self.pair()
+        self.case.world.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(GRAPH_PAIRS):
+                result = self.pair()
+        graph.replay()
+        self.case.check_combine(result)
+        self.case.world.barrier()
+        return graph.replay
+
+    def rows(self) -> list[Row]:
+        case = self.case
+        sent = case.rows_over_link * case.row_bytes(self.use_fp8)
+        back = case.rows_over_link * case.row_bytes(False)
+        rows = [
+            Row("dispatch", "dispatch", self.dispatch, sent, 1),
+            Row("combine", "combine", self.combine, back, 1),
+            Row("pair", "dispatch + combine", self.pair, sent + back, 2),
+        ]
+        if self.buffer.engine == "cuda":
+            name = "dispatch + combine in a CUDA graph"
+            rows.append(Row("pair_graph", name, self.graph(), sent + back, 2, GRAPH_PAIRS, True))
+        rows += [
+            Row("dispatch_hook", "dispatch, receive hook at once", self.dispatch_hooked, sent, 1),
+            Row("combine_hook", "combine, receive hook at once", self.combine_hooked, back, 1),
+            Row("pair_hook", "dispatch + combine, receive hooks at once", self.pair_hooked, sent + back, 2),
+        ]
+        return rows
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of the values does not exceed; values in ascending order."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def call_times(world: World, call: Callable[[], Any], iterations: int) -> list[float]:
+    """Microseconds of each of `iterations` calls on this rank, all of them enqueued before the first one runs."""
+    gc.freeze()
+    if not world.num_devices:
+        for _ in range(WARMUPS):
+            call()
+        times = []
+        for _ in range(iterations):
+            start_s = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start_s) * 1e6)
+        return times
+    cycles = SLEEP_CYCLES
+    while True:
+        for _ in range(WARMUPS):
+            call()
+        world.barrier()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(iterations + 1)]
+        torch.cuda._sleep(cycles)
+        call()  # the ranks do not wake at the same moment, and wait for each other here
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        was_ahead = not events[0].query()
+        events[-1].synchronize()
+        # All ranks or none try again: they run the calls together.
+        if all(world.gather(was_ahead)) or cycles >= MAX_SLEEP_CYCLES:
+            return [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(events)]
+        cycles *= 4
+
+
+def measure(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows over token counts and formats."""
+    figures: list[dict[str, Any]] = []
+    for tokens in args.tokens:
+        case = Case(world, args, tokens)
+        for form in args.formats:
+            workload = Workload(buffer, case, form == "fp8")
+            for row in workload.rows():
+                world.barrier()
+                # Events between calls cost time themselves: the mean is taken without, the percentiles with them.
+                mean = [us / row.per_call for us in world.rounds(lambda row=row: _mean(world, buffer, row, args))]
+                called = [us / row.per_call for us in world.slowest(row.call)]
+                pooled = world.gather(call_times(world, row.call, args.samples))
+                ordered = sorted(us / row.per_call for times in pooled for us in times)
+                figure = {
+                    "key": row.key,
+                    "name": row.name,
+                    "tokens": tokens,
+                    "format": form,
+                    **summary(mean),
+                    "called_us": summary(called)["median_us"],
+                    "p50_us": round(percentile(ordered, 0.50), 2),
+                    "p99_us": round(percentile(ordered, 0.99), 2),
+                    "bytes_over_link": row.bytes_over_link,
+                    "trips": row.trips,
+                }
+                figures.append(figure)
+                if world.rank == 0:
+                    print(
+                        f"{tokens:>4} tokens  {form}  {row.name:<42}{figure['median_us']:>9.1f} us  "
+                        f"(p50 {figure['p50_us']:.1f}, p99 {figure['p99_us']:.1f}, called {figure['called_us']:.1f})",
+                        flush=True,
+                    )
+            del workload
+    buffer.check()
+    return figures
+
+
+def _mean(world: World, buffer: deep_ep.Buffer, row: Row, args: argparse.Namespace) -> float:
+    if buffer.engine != "cuda":
+        return world.microseconds(row.call, args.iterations)
+    return world.queued_microseconds(row.call, args.iterations)
+
+
+def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time of the host to enqueue a call, no synchronisation between calls, few tokens so that the device keeps up."""
+    case = Case(world, args, min(args.tokens))
+    figures = []
+    for form in args.formats:
+        workload = Workload(buffer, case, form == "fp8")
+        for row in workload.rows():
+
+            def enqueue(call: Callable[[], Any] = row.call) -> float:
+                call()
+                world.barrier()
+                start_s = time.perf_counter()
+                for _ in range(HOST_CALLS):
+                    call()
+                return (time.perf_counter() - start_s) * 1e6 / HOST_CALLS
+
+            times = summary(world.rounds(enqueue))
+            figures.append({"key": row.key, "name": row.name, "format": form, "tokens": case.tokens, **times})
+    return figures
+
+
+def measure_floors(world: World, args: argparse.Namespace) -> dict[str, Any]:
+    """What nothing can undercut: a flag's way by bytes that travel before it, and the rate of a link's direction.
+
+    Returns:
+        ``flags``: microseconds one way by bytes; ``link``: stores of 16 bytes to the peer, both directions at once,
+        bytes and GB/s; ``note``: what is missing and why.
+    """
+    floors: dict[str, Any] = {"flags": {}, "link": None, "note": ""}
+    if not 1 < world.size <= world.num_devices:
+        floors["note"] = "no two ranks with GPUs of their own: the floors were not measured"
+        return floors
+    try:
+        rig = Rig(world, LINK_ROWS, 2 * args.hidden, 16, args.seed)
+    except TopologyError as error:  # on all ranks alike
+        floors["note"] = f"the floors were not measured: {error}"
+        return floors
+    for num_bytes in FLAG_PAYLOADS:
+        floors["flags"][str(num_bytes)] = summary(world.rounds(lambda size=num_bytes: rig.flags(size)))
+    num_bytes = LINK_ROWS * rig.row_bytes
+    times = summary(world.slowest(lambda: rig.copy(Registers(32), LINK_SMS, True)))
+    floors["link"] = {"bytes": num_bytes, **times, "gb_s": round(num_bytes / times["median_us"] / 1e3, 2)}
+    rig.close()
+    return floors

@@ -1,0 +1,233 @@
+// What Python sees of the low-latency kernels. deep_ep/engines/cuda_ll.py has checked what arrives here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "layout/expert_range.h"
+#include "layout/low_latency_outputs.h"
+
+#ifdef DEEP_EP_WITH_CUDA
+#include "kernels/low_latency_launch.h"
+#include "runtime/low_latency_peers.h"
+#endif
+
+namespace py = pybind11;
+
+namespace deep_ep {
+
+void bind_low_latency(py::module_& m);
+
+namespace {
+
+LowLatencyLayout layout_of(int num_ranks, int num_max_tokens, int num_topk, int num_experts, int64_t hidden) {
+    return LowLatencyLayout::make(num_ranks, num_max_tokens, num_topk,
+                                  expert_range(num_experts, num_ranks, 0).count, hidden);
+}
+
+// Bytes of a region and of its parts.
+py::dict layout_bytes(int num_ranks, int num_max_tokens, int num_topk, int num_experts, int64_t hidden) {
+    const LowLatencyLayout layout = layout_of(num_ranks, num_max_tokens, num_topk, num_experts, hidden);
+    py::dict result;
+    result["total"] = layout.num_bytes;
+    result["state"] = layout.state_bytes();
+    result["slot"] = layout.slot_bytes;
+    result["dispatch_slots"] = layout.combine_slots_at - layout.dispatch_slots_at;
+    result["combine_slots"] = layout.num_bytes - layout.combine_slots_at;
+    return result;
+}
+
+// Offset of each thing in a region by its name; for tests, which hold that none of them overlap.
+py::dict layout_offsets(int num_ranks, int num_max_tokens, int num_topk, int num_experts, int64_t hidden,
+                        int set, int rank, int token, int part) {
+    const LowLatencyLayout layout = layout_of(num_ranks, num_max_tokens, num_topk, num_experts, hidden);
+    py::dict result;
+    result["control"] = 0;
+    result["dispatch_header"] = layout.header(LowLatencyKind::kDispatch, set, rank);
+    result["dispatch_counts"] = layout.dispatch_counts(set, rank);
+    result["dispatch_entries"] = layout.dispatch_entries(set, rank);
+    result["combine_header"] = layout.header(LowLatencyKind::kCombine, set, rank);
+    result["combine_entries"] = layout.combine_entries(set, rank);
+    result["combine_weights"] = layout.combine_weights(set, rank);
+    result["dispatch_flag"] = layout.dispatch_flag(set, rank, token, part);
+    result["combine_flag"] = layout.combine_flag(set, token, rank, part);
+    result["dispatch_slot"] = layout.dispatch_slot(set, rank, token);
+    result["combine_slot"] = layout.combine_slot(set, token, rank);
+    return result;
+}
+
+py::tuple cut(int64_t row_bytes, int64_t wanted) {
+    const RowPieces pieces = cut_row(row_bytes, wanted);
+    return py::make_tuple(pieces.count, pieces.bytes);
+}
+
+void bind_outputs(py::module_& m) {
+    py::class_<LowLatencyOutputs>(m, "LowLatencyOutputs")
+        .def(py::init(&LowLatencyOutputs::make))
+        .def_readonly("scales_at", &LowLatencyOutputs::scales_at)
+        .def_readonly("rows_block_bytes", &LowLatencyOutputs::rows_block_bytes)
+        .def_readonly("ticket_at", &LowLatencyOutputs::ticket_at)
+        .def_readonly("recv_count_at", &LowLatencyOutputs::recv_count_at)
+        .def_readonly("src_info_at", &LowLatencyOutputs::src_info_at)
+        .def_readonly("source_tokens_at", &LowLatencyOutputs::source_tokens_at)
+        .def_readonly("positions_at", &LowLatencyOutputs::positions_at)
+        .def_readonly("small_block_bytes", &LowLatencyOutputs::small_block_bytes);
+}
+
+#ifdef DEEP_EP_WITH_CUDA
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Everything of a dispatch that does not change from call to call with the same shapes.
+class LowLatencyDispatchPlan {
+  public:
+    // format: a ScaleFormat, -1 for bf16 rows.
+    LowLatencyDispatchPlan(const LowLatencyPeers& peers, uint64_t signature, int num_topk, bool topk_is_int64,
+                           int num_experts, int num_max_tokens, int hidden, int format)
+        : peers_(peers) {
+        const Domain domain = peers.domain().domain;
+        const bool use_fp8 = format >= 0;
+        const auto scale_format = static_cast<ScaleFormat>(use_fp8 ? format : 0);
+        outputs_ = LowLatencyOutputs::make(expert_range(num_experts, domain.num_ranks, domain.rank).count,
+                                           domain.num_ranks, num_max_tokens, num_topk,
+                                           use_fp8 ? hidden : 2 * static_cast<int64_t>(hidden),
+                                           use_fp8 ? num_scale_columns(hidden, scale_format) : 0);
+        args_.signature = signature;
+        args_.topk_is_int64 = topk_is_int64;
+        args_.num_topk = num_topk;
+        args_.num_experts = num_experts;
+        args_.num_max_tokens = num_max_tokens;
+        args_.hidden = hidden;
+        args_.use_fp8 = use_fp8;
+        args_.format = scale_format;
+    }
+
+    const LowLatencyOutputs& outputs() const { return outputs_; }
+
+    // rows, small: addresses of the blocks of the outputs. part: a LowLatencyPart.
+    void launch(Address x, Address topk_idx, int num_tokens, Address rows, Address small, Address recv_stats,
+                Address wait_stats, int part, int num_sms, Address stream) const {
+        LowLatencyDispatchArgs args = args_;
+        args.ll = peers_.domain();
+        args.x = pointer<const uint8_t>(x);
+        args.topk_idx = pointer<const void>(topk_idx);
+        args.num_tokens = num_tokens;
+        args.rows = pointer<uint8_t>(rows);
+        args.scales = args.use_fp8 ? pointer<uint32_t>(rows + outputs_.scales_at) : nullptr;
+        args.layout_range = pointer<int64_t>(small);
+        args.ticket = pointer<uint64_t>(small + outputs_.ticket_at);
+        args.recv_count = pointer<int32_t>(small + outputs_.recv_count_at);
+        args.src_info = pointer<int32_t>(small + outputs_.src_info_at);
+        args.source_tokens = pointer<int32_t>(small + outputs_.source_tokens_at);
+        args.positions = pointer<int32_t>(small + outputs_.positions_at);
+        args.recv_stats = pointer<int32_t>(recv_stats);
+        args.wait_stats = pointer<int64_t>(wait_stats);
+        launch_low_latency_dispatch(args, static_cast<LowLatencyPart>(part), num_sms, pointer(stream));
+    }
+
+  private:
+    const LowLatencyPeers& peers_;
+    LowLatencyOutputs outputs_{};
+    LowLatencyDispatchArgs args_{};
+};
+
+// The shape of a combine: as for LowLatencyDispatchPlan.
+class LowLatencyCombinePlan {
+  public:
+    LowLatencyCombinePlan(const LowLatencyPeers& peers, uint64_t signature, int num_topk, bool topk_is_int64,
+                          int num_experts, int num_max_tokens, int hidden, bool sum_at_home, bool use_logfmt)
+        : peers_(peers) {
+        args_.signature = signature;
+        args_.num_topk = num_topk;
+        args_.topk_is_int64 = topk_is_int64;
+        args_.num_experts = num_experts;
+        args_.num_max_tokens = num_max_tokens;
+        args_.hidden = hidden;
+        args_.sum_at_home = sum_at_home;
+        args_.use_logfmt = use_logfmt;
+    }
+
+    // source_tokens, positions, wait_stats, ticket: 0 for none.
+    void launch(Address x, Address src_info, Address layout_range, Address source_tokens, Address positions,
+                Address topk_idx, Address topk_weights, int num_tokens, Address out, Address wait_stats,
+                Address ticket, int part, int num_sms, Address stream) const {
+        LowLatencyCombineArgs args = args_;
+        args.ll = peers_.domain();
+        args.x = pointer<const uint8_t>(x);
+        args.src_info = pointer<const int32_t>(src_info);
+        args.layout_range = pointer<const int64_t>(layout_range);
+        args.source_tokens = pointer<const int32_t>(source_tokens);
+        args.positions = pointer<const int32_t>(positions);
+        args.topk_idx = pointer<const void>(topk_idx);
+        args.topk_weights = pointer<const float>(topk_weights);
+        args.num_tokens = num_tokens;
+        args.out = pointer<uint8_t>(out);
+        args.wait_stats = pointer<int64_t>(wait_stats);
+        args.ticket = pointer<uint64_t>(ticket);
+        launch_low_latency_combine(args, static_cast<LowLatencyPart>(part), num_sms, pointer(stream));
+    }
+
+  private:
+    const LowLatencyPeers& peers_;
+    LowLatencyCombineArgs args_{};
+};
+
+void load_kernels() {
+    prepare_low_latency_dispatch();
+    prepare_low_latency_combine();
+}
+
+void bind_kernels(py::module_& m) {
+    m.def("load_low_latency_kernels", &load_kernels);
+    // masked and last_waits_ns: addresses of uint32 [R] and uint64 [2, R].
+    py::class_<LowLatencyPeers>(m, "LowLatencyPeers")
+        .def(py::init([](const PeerDomain& peers, const std::vector<Address>& regions, int num_max_tokens,
+                         int num_topk, int num_experts, int64_t hidden, Address masked, Address last_waits_ns,
+                         double mask_after_s) {
+                 const LowLatencyShared shared{pointer<uint32_t>(masked), pointer<uint64_t>(last_waits_ns),
+                                               static_cast<uint64_t>(mask_after_s * 1e9)};
+                 const auto layout = layout_of(static_cast<int>(regions.size()), num_max_tokens, num_topk,
+                                               num_experts, hidden);
+                 return std::make_unique<LowLatencyPeers>(peers, regions, layout, shared);
+             }),
+             py::keep_alive<1, 2>())
+        .def("clear", &LowLatencyPeers::clear, py::call_guard<py::gil_scoped_release>())
+        .def("refuse", [](const LowLatencyPeers& self, int kind, Address stream) {
+            launch_low_latency_refuse(self.domain(), static_cast<LowLatencyKind>(kind), pointer(stream));
+        });
+    py::class_<LowLatencyDispatchPlan>(m, "LowLatencyDispatchPlan")
+        .def(py::init<const LowLatencyPeers&, uint64_t, int, bool, int, int, int, int>(),
+             py::keep_alive<1, 2>())
+        .def_property_readonly("outputs", &LowLatencyDispatchPlan::outputs)
+        .def("launch", &LowLatencyDispatchPlan::launch);
+    py::class_<LowLatencyCombinePlan>(m, "LowLatencyCombinePlan")
+        .def(py::init<const LowLatencyPeers&, uint64_t, int, bool, int, int, int, bool, bool>(),
+             py::keep_alive<1, 2>())
+        .def("launch", &LowLatencyCombinePlan::launch);
+}
+
+#endif  // DEEP_EP_WITH_CUDA
+
+}  // namespace
+
+void bind_low_latency(py::module_& m) {
+    m.attr("LOW_LATENCY_LIMITS") =
+        py::dict(py::arg("ranks") = kMaxPeers, py::arg("tokens") = kMaxLowLatencyTokens - 1,
+                 py::arg("topk") = kMaxLowLatencyTopk, py::arg("local_experts") = kMaxLocalExperts,
+                 py::arg("experts") = kMaxLayoutExperts, py::arg("packed_rows") = kMaxPackedRows);
+    m.def("low_latency_layout", &layout_bytes);
+    m.def("low_latency_offsets", &layout_offsets);
+    m.def("low_latency_cut_row", &cut);
+    bind_outputs(m);
+#ifdef DEEP_EP_WITH_CUDA
+    bind_kernels(m);
+#endif
+}
+
+}  // namespace deep_ep

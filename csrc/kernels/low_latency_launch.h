@@ -1,0 +1,79 @@
+// Arguments and launches of the low-latency kernels, free of CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/launch.h"
+#include "layout/low_latency_layout.h"
+
+namespace deep_ep {
+
+// Loaded when a buffer is constructed: loading a kernel at its first launch may wait for kernels that run.
+void prepare_low_latency_dispatch();
+void prepare_low_latency_combine();
+
+// An operation is one launch, or, with a receive hook, two: the send part waits for nobody but for leave to use the set.
+enum class LowLatencyPart : int { kWhole = 0, kSend = 1, kReceive = 2 };
+
+// L local experts, R ranks, M the largest number of tokens of a rank in this call (at most the region's), K selections.
+struct LowLatencyDispatchArgs {
+    LowLatencyDomain ll;
+    uint64_t signature;
+    // What this rank sends.
+    const uint8_t* x;      // bf16 [num_tokens, hidden]
+    const void* topk_idx;  // int32 or int64 [num_tokens, K]
+    bool topk_is_int64;
+    int num_tokens;
+    int num_topk;
+    int num_experts;
+    int num_max_tokens;  // M
+    int hidden;          // multiple of 8, with FP8 of 128
+    bool use_fp8;
+    ScaleFormat format;
+    // What it receives.
+    uint8_t* rows;           // bf16 or E4M3 [L, R * M, hidden]
+    uint32_t* scales;        // [L, S, R * M]: tokens innermost; or null
+    int32_t* recv_count;     // [L]
+    int32_t* src_info;       // [L, R * M]
+    int64_t* layout_range;   // [L, R]: first row << 32 | number
+    int32_t* source_tokens;  // [R]: tokens of each source, 0 for one that takes no part
+    int32_t* positions;      // [R, M, K], of the tokens that the sources have: see pack_position
+    int32_t* recv_stats;     // [L] to add recv_count to, or null
+    int64_t* wait_stats;     // [R] to add nanoseconds to, or null
+    uint64_t* ticket;  // of one operation: its epoch, from the send part to the receive part; null for kWhole
+};
+void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyPart part, int num_sms,
+                                 Stream stream);
+
+struct LowLatencyCombineArgs {
+    LowLatencyDomain ll;
+    uint64_t signature;
+    // As a rank with experts, for all homes.
+    const uint8_t* x;              // bf16 [L, R * M, hidden]
+    const int32_t* src_info;       // [L, R * M], of the dispatch
+    const int64_t* layout_range;   // [L, R]
+    const int32_t* source_tokens;  // [R]; null without positions
+    // [R, M, K]; null: rows are looked up in src_info, and leave in the receive part, so x must stay as it is until then.
+    const int32_t* positions;
+    // As a home.
+    const void* topk_idx;  // [num_tokens, K], -1 to leave a selection out
+    bool topk_is_int64;
+    const float* topk_weights;  // [num_tokens, K]
+    int num_tokens;
+    int num_topk;
+    int num_experts;
+    int num_max_tokens;  // M of the dispatch
+    int hidden;
+    bool sum_at_home;  // rows travel one by one, and are summed in FP32 in k order
+    bool use_logfmt;
+    uint8_t* out;         // bf16 [num_tokens, hidden]
+    int64_t* wait_stats;  // [R] to add nanoseconds to, or null
+    uint64_t* ticket;     // as for dispatch
+};
+void launch_low_latency_combine(const LowLatencyCombineArgs& args, LowLatencyPart part, int num_sms,
+                                Stream stream);
+
+// This rank takes part in an operation without tokens: the others are told that it refused.
+void launch_low_latency_refuse(const LowLatencyDomain& ll, LowLatencyKind kind, Stream stream);
+
+}  // namespace deep_ep
