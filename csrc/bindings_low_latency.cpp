@@ -33,6 +33,8 @@ py::dict layout_bytes(int num_ranks, int num_max_tokens, int num_topk, int num_e
     result["total"] = layout.num_bytes;
     result["state"] = layout.state_bytes();
     result["slot"] = layout.slot_bytes;
+    result["packet_row"] = layout.packet_row_bytes;
+    result["packet_tokens"] = layout.packet_tokens;
     result["dispatch_slots"] = layout.combine_slots_at - layout.dispatch_slots_at;
     result["combine_slots"] = layout.num_bytes - layout.combine_slots_at;
     return result;
@@ -48,10 +50,11 @@ py::dict layout_offsets(int num_ranks, int num_max_tokens, int num_topk, int num
     result["dispatch_counts"] = layout.dispatch_counts(set, rank);
     result["dispatch_entries"] = layout.dispatch_entries(set, rank);
     result["combine_header"] = layout.header(LowLatencyKind::kCombine, set, rank);
-    result["combine_entries"] = layout.combine_entries(set, rank);
-    result["combine_weights"] = layout.combine_weights(set, rank);
+    result["combine_selections"] = layout.combine_selections(set, rank);
     result["dispatch_flag"] = layout.dispatch_flag(set, rank, token, part);
     result["combine_flag"] = layout.combine_flag(set, token, rank, part);
+    result["dispatch_packets"] = layout.dispatch_packets(set, rank, token);
+    result["combine_packets"] = layout.combine_packets(set, token, rank);
     result["dispatch_slot"] = layout.dispatch_slot(set, rank, token);
     result["combine_slot"] = layout.combine_slot(set, token, rank);
     return result;

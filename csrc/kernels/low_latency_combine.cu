@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kernels/low_latency_launch.h"
+#include "kernels/low_latency_rows.cuh"
 #include "layout/elements.cuh"
 #include "layout/expert_range.h"
 #include "ptx/grid.cuh"
@@ -16,24 +17,43 @@ constexpr int kNumThreads = kNumWarps * 32;
 constexpr int kPerVector = 8;
 constexpr int kVectors = kStepBytes / (32 * 16);  // of a lane in a step
 constexpr int kRowsAhead = 4;                     // rows of a step that a lane loads before it sums them
+constexpr int kPacketRowsAhead = 2;               // the same in packets
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr auto kKind = LowLatencyKind::kCombine;
 using Vec = Pack<uint16_t, kPerVector>;
 
 // What a block knows of the peers, in shared memory.
 struct Peers {
+    uint64_t epoch;
     sync::Came came[kMaxPeers];  // whether rows may be sent there, and are expected from there
     int num_tokens[kMaxPeers];
     int num_placed[kMaxPeers];  // tokens whose positions are known
     RowPieces cut[kMaxPeers];
-    sync::LongestWaits waits;
+    SmallDivider by_pieces[kMaxPeers];
+    bool packets[kMaxPeers];  // rows go there as packets
+    uint64_t waited_ns[kMaxPeers];
 };
+
+// How the host cut the work.
+struct CombinePlan {
+    LowLatencyPart part;
+    bool packets;   // rows to this rank travel as packets, a step each
+    RowPieces cut;  // rows to this rank
+    ExpertMap experts;
+    SmallDivider by_topk, by_pieces;  // selections of a token, pieces of a row to this rank
+};
+
+// A row cut into its steps.
+DEEP_EP_HOST_DEVICE RowPieces by_steps(int hidden) {
+    return {(2 * hidden + kStepBytes - 1) / kStepBytes, kStepBytes};
+}
 
 struct Run {
     uint64_t epoch;
     int set;
     int num_local;  // experts
     bool begins, ends;
+    bool packets;  // rows come as packets, a step each
     // Rows leave in the send part, by their positions, before any home was heard. Those for the own tokens leave with them,
     // since x may change before they are summed.
     bool sends_early, own_by_slot;
@@ -49,6 +69,11 @@ __device__ __forceinline__ int existing(const LowLatencyCombineArgs& args, int64
     return expert >= 0 && expert < args.num_experts ? static_cast<int>(expert) : -1;
 }
 
+// One block tells what was consumed, and waits the longest. The last one, as block 0 comes late.
+__device__ __forceinline__ bool is_leader() {
+    return blockIdx.x == gridDim.x - 1;
+}
+
 // The lane's vector of a step, as an index into a row.
 __device__ __forceinline__ int vector_of(int step, int v) {
     return (step * kVectors + v) * 32 + static_cast<int>(threadIdx.x % 32);
@@ -56,10 +81,17 @@ __device__ __forceinline__ int vector_of(int step, int v) {
 
 // What dispatch noted of a source's token and its k-th selection, -1 for nothing. num_placed: tokens that it placed.
 __device__ __forceinline__ int32_t position_of(const LowLatencyCombineArgs& args, int source, int num_placed,
-                                               int token, int k) {
+                                               int token, int k, int num_local) {
     if (token >= num_placed) return -1;
     const int64_t first = (static_cast<int64_t>(source) * args.num_max_tokens + token) * args.num_topk;
-    return args.positions[first + k];
+    const int32_t position = args.positions[first + k];
+    const bool is_row = position_row(position) < args.ll.domain.num_ranks * args.num_max_tokens;
+    return position_expert(position) < num_local && is_row ? position : -1;
+}
+
+__device__ __forceinline__ const uint8_t* placed_row(const LowLatencyCombineArgs& args, int32_t position) {
+    const int64_t capacity = static_cast<int64_t>(args.ll.domain.num_ranks) * args.num_max_tokens;
+    return args.x + (position_expert(position) * capacity + position_row(position)) * args.hidden * 2;
 }
 
 // The row that an expert made of a source's token, null if there is none. position: of that selection; what is noted for
@@ -67,17 +99,13 @@ __device__ __forceinline__ int32_t position_of(const LowLatencyCombineArgs& args
 __device__ const uint8_t* locate(const LowLatencyCombineArgs& args, int source, int token, int expert,
                                  int32_t position) {
     const int num_ranks = args.ll.domain.num_ranks, capacity = num_ranks * args.num_max_tokens;
-    const auto row_at = [&](int row) {
-        return args.x + (static_cast<int64_t>(expert) * capacity + row) * args.hidden * 2;
-    };
-    if (position >= 0 && position_expert(position) == expert && position_row(position) < capacity) {
-        return row_at(position_row(position));
-    }
+    if (position >= 0 && position_expert(position) == expert) return placed_row(args, position);
     // A source's rows lie in ascending order of its tokens.
     const int64_t range = args.layout_range[static_cast<int64_t>(expert) * num_ranks + source];
     const int begin = static_cast<int>(range >> 32), end = begin + static_cast<int>(range & 0xFFFFFFFF);
     const int32_t* tokens = args.src_info + static_cast<int64_t>(expert) * capacity;
     int low = begin, high = end;
+#pragma unroll 1
     while (low < high) {
         const int middle = (low + high) / 2;
         if (tokens[middle] < token) {
@@ -86,13 +114,14 @@ __device__ const uint8_t* locate(const LowLatencyCombineArgs& args, int source, 
             high = middle;
         }
     }
-    return low < end && tokens[low] == token ? row_at(low) : nullptr;
+    return low < end && tokens[low] == token ? placed_row(args, pack_position(expert, low)) : nullptr;
 }
 
 // Adds the rows at `mask`, each times its weight, in ascending order; `row` and `weight` are those of the lane. Products
 // and sums are single FP32 operations.
 __device__ __forceinline__ void add_weighted(float (&sum)[kVectors][kPerVector], unsigned mask,
                                              const uint8_t* row, float weight, int step, int num_vectors) {
+#pragma unroll 1
     while (mask != 0) {
         Vec parts[kRowsAhead][kVectors] = {};
         float weights[kRowsAhead];
@@ -134,37 +163,70 @@ __device__ __forceinline__ void add_vector(float (&sum)[kPerVector], const Vec& 
     for (int c = 0; c < kPerVector; ++c) sum[c] = __fadd_rn(sum[c], wide[c]);
 }
 
-// Writes sums as bf16, with one pattern for every NaN.
-__device__ __forceinline__ void write_sums(Vec* out, const float (&sum)[kVectors][kPerVector], int step,
-                                           int num_vectors) {
-    VectorRounder<Bf16, kPerVector> rounder;
-    Vec result[kVectors];
+// Sums as bf16, with one pattern for every NaN.
+struct Rounded {
+    Vec v[kVectors];
+
+    __device__ __forceinline__ explicit Rounded(const float (&sum)[kVectors][kPerVector]) {
+        VectorRounder<Bf16, kPerVector> rounder;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) result[v] = rounder.round(sum[v]);
-    if (rounder.saw_nan()) {
+        for (int i = 0; i < kVectors; ++i) v[i] = rounder.round(sum[i]);
+        if (rounder.saw_nan()) {
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) result[v] = rounder.settle(result[v]);
+            for (int i = 0; i < kVectors; ++i) v[i] = rounder.settle(v[i]);
+        }
     }
+    __device__ __forceinline__ void write(Vec* out, int step, int num_vectors) const {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-        if (vector_of(step, v) < num_vectors) out[vector_of(step, v)] = result[v];
+        for (int i = 0; i < kVectors; ++i) {
+            if (vector_of(step, i) < num_vectors) out[vector_of(step, i)] = v[i];
+        }
     }
+    __device__ __forceinline__ RowStep step() const {
+        static_assert(kVectors == 2);
+        return {{*reinterpret_cast<const uint4*>(&v[0]), *reinterpret_cast<const uint4*>(&v[1])}, 0};
+    }
+};
+
+// Learns the operation's number, and waits for leave to write. By all threads of a block.
+__device__ __forceinline__ void begin_block(const LowLatencyCombineArgs& args, Run& op, Peers& peers) {
+    const LowLatencyDomain& ll = args.ll;
+    if (threadIdx.x < 32) {
+        const int peer = static_cast<int>(threadIdx.x);
+        const bool is_peer = peer < ll.domain.num_ranks;
+        sync::Room room{};
+        if (is_peer) room = sync::peek_room(ll, kKind, peer);
+        uint64_t epoch = 0;
+        if (peer == 0) epoch = op.begins ? sync::begin_operation(ll, kKind) : *args.ticket;
+        epoch = __shfl_sync(kAllLanes, epoch, 0);
+        if (is_peer) {
+            peers.came[peer] = sync::await_room(ll, kKind, epoch, peer, room);
+            peers.waited_ns[peer] = 0;
+        }
+        if (peer == 0) peers.epoch = epoch;
+    }
+    __syncthreads();
+    op.epoch = peers.epoch;
+    op.set = static_cast<int>(op.epoch % kNumSets);
 }
 
-// By one block of a home: tells each rank which of its experts a token selected, and the weights.
-__device__ void send_selections(const LowLatencyCombineArgs& args, const Run& op, const RowPieces& cut,
+// By one block of a home, which begins here: tells each rank which of its experts a token selected, and the weights.
+__device__ void send_selections(const LowLatencyCombineArgs& args, const CombinePlan& plan, Run& op,
                                 Peers& peers) {
     const LowLatencyDomain& ll = args.ll;
     const int num_ranks = ll.domain.num_ranks, rank = ll.domain.rank;
-    const int peer = static_cast<int>(threadIdx.x);
-    const bool is_peer = peer < num_ranks && peer != rank;
     const int count = args.num_tokens * args.num_topk, stride = static_cast<int>(blockDim.x);
     int i = static_cast<int>(threadIdx.x);
     // Loaded one ahead, and the first before anything is waited for.
     int64_t next_expert = i < count ? selection(args, i) : -1;
     float next_weight = i < count ? args.topk_weights[i] : 0.0f;
-    if (is_peer) peers.came[peer] = sync::await_room(ll, kKind, op.epoch, peer, peers.waits);
-    __syncthreads();
+    begin_block(args, op, peers);
+    if (const int peer = i; peer < num_ranks && peer != rank && peers.came[peer] == sync::Came::kHere) {
+        sync::publish_header(ll, kKind, peer, op.epoch,
+                             {signature_tag(args.signature), args.num_tokens,
+                              plan.packets ? 0 : plan.cut.count, plan.cut.bytes / kStepBytes});
+    }
+#pragma unroll 1
     for (; i < count; i += stride) {
         const int64_t given = next_expert;
         const float weight = next_weight;
@@ -174,50 +236,59 @@ __device__ void send_selections(const LowLatencyCombineArgs& args, const Run& op
         }
         const int expert = existing(args, given);
         if (expert < 0 && given != -1) {
-            sync::report(ll.domain, DeviceError::kExpertRange, Operation::kCombine, Phase::kLayout,
-                         i % args.num_topk, i / args.num_topk, static_cast<uint64_t>(given));
+            sync::report_apart(ll.domain, DeviceError::kExpertRange, Operation::kCombine, Phase::kLayout,
+                               plan.by_topk.remainder(i), plan.by_topk.quotient(i),
+                               static_cast<uint64_t>(given));
         }
-        const int owner = expert < 0 ? -1 : rank_of_expert(expert, args.num_experts, num_ranks);
-        const int local = expert < 0 ? -1 : expert - expert_range(args.num_experts, num_ranks, owner).first;
+        const int owner = expert < 0 ? -1 : plan.experts.owner(expert);
+        const int local = expert < 0 ? -1 : expert - plan.experts.first(owner);
+        const int64_t at =
+            ll.layout.combine_selections(op.set, rank) + static_cast<int64_t>(i) * kPacketBytes;
+#pragma unroll 1
         for (int to = 0; to < num_ranks; ++to) {
             if (to == rank || peers.came[to] != sync::Came::kHere) continue;
-            uint8_t* region = ll.region[to];
-            reinterpret_cast<int32_t*>(region + ll.layout.combine_entries(op.set, rank))[i] =
-                to == owner ? local : -1;
-            if (to != owner) continue;
-            reinterpret_cast<float*>(region + ll.layout.combine_weights(op.set, rank))[i] = weight;
+            sync::send_packet(ll.region[to] + at, op.epoch, static_cast<uint32_t>(to == owner ? local : -1),
+                              __float_as_uint(weight), 0);
         }
     }
-    __syncthreads();
-    if (is_peer && peers.came[peer] == sync::Came::kHere) {
-        sync::publish_header(ll, kKind, peer, op.epoch,
-                             {op.epoch, args.signature, args.num_tokens, cut.count, cut.bytes});
-    }
-    // Before the block asks anew.
-    __syncthreads();
 }
 
-// Learns what each rank wants back, or, in the send part, only whether rows may be sent there.
-__device__ void meet_peers(const LowLatencyCombineArgs& args, const Run& op, const RowPieces& cut,
+// Learns what each rank wants back, or, in the send part, only what may be sent there. By all threads of a block.
+__device__ void meet_peers(const LowLatencyCombineArgs& args, const CombinePlan& plan, const Run& op,
                            Peers& peers) {
     const LowLatencyDomain& ll = args.ll;
     const int peer = static_cast<int>(threadIdx.x), rank = ll.domain.rank;
     if (peer < ll.domain.num_ranks) {
-        sync::Came came = sync::await_room(ll, kKind, op.epoch, peer, peers.waits);
+        sync::Came came = peers.came[peer];
         const int num_placed = args.positions != nullptr ? args.source_tokens[peer] : 0;
         peers.num_placed[peer] = min(num_placed, args.num_max_tokens);
         peers.num_tokens[peer] = op.sends_early ? peers.num_placed[peer] : 0;
-        peers.cut[peer] = cut;
-        if (op.ends && peer != rank && came == sync::Came::kHere) {
-            came = sync::await_header(ll, kKind, peer, op.epoch, args.signature, peers.waits);
+        peers.cut[peer] = plan.cut;
+        peers.packets[peer] = false;
+        if (op.ends && peer != rank && came != sync::Came::kFailed) {
+            LowLatencyHeader header{};
             if (came == sync::Came::kHere) {
-                const LowLatencyHeader* header = sync::header_at(ll, kKind, peer, rank, op.epoch);
+                came = sync::await_header(ll, kKind, peer, op.epoch, args.signature, header,
+                                          &peers.waited_ns[peer]);
+            }
+            if (came != sync::Came::kFailed &&
+                sync::decide(ll, kKind, op.epoch, peer, came == sync::Came::kHere)) {
+                if (came != sync::Came::kHere) header = sync::read_header(ll, kKind, peer, op.epoch);
+                came = sync::Came::kHere;
                 // Within bounds whatever it says, as after a bug that a test planted.
-                peers.num_tokens[peer] = min(header->num_tokens, args.num_max_tokens);
-                peers.cut[peer] = {min(max(header->num_pieces, 1), kMaxRowPieces),
-                                   max(header->piece_bytes, kStepBytes)};
+                const bool packets = header.num_pieces == 0;
+                peers.packets[peer] = packets;
+                peers.num_tokens[peer] =
+                    min(max(header.num_tokens, 0),
+                        packets ? min(ll.layout.packet_tokens, args.num_max_tokens) : args.num_max_tokens);
+                peers.cut[peer] = packets ? by_steps(args.hidden)
+                                          : RowPieces{min(header.num_pieces, kMaxRowPieces),
+                                                      max(header.piece_steps, 1) * kStepBytes};
+            } else if (came == sync::Came::kHere) {
+                came = sync::Came::kMasked;
             }
         }
+        peers.by_pieces[peer] = SmallDivider::of(peers.cut[peer].count);
         peers.came[peer] = came;
     }
     __syncthreads();
@@ -234,36 +305,57 @@ struct Steps {
     }
 };
 
+// What a home told of a token: the lane's selection, -1 for one of another rank. False if it no longer matters.
+__device__ __forceinline__ bool await_selections(const LowLatencyCombineArgs& args, const Run& op, int home,
+                                                 int token, int& expert, float& weight) {
+    const LowLatencyDomain& ll = args.ll;
+    const int k = static_cast<int>(threadIdx.x % 32);
+    const uint8_t* at = ll.region[ll.domain.rank] + ll.layout.combine_selections(op.set, home) +
+                        (static_cast<int64_t>(token) * args.num_topk + k) * kPacketBytes;
+    uint4 packet{};
+    const auto try_once = [&] {
+        packet = sync::peek_packet(at);
+        return sync::is_here(packet, op.epoch);
+    };
+    const bool is_here = k >= args.num_topk || try_once();
+    const auto came = sync::wait_by_lanes(ll, kKind, Phase::kPushed, home, op.epoch, is_here, try_once);
+    expert = k < args.num_topk ? static_cast<int>(packet.x) : -1;
+    if (expert >= op.num_local) expert = -1;  // only after a bug that a test planted
+    weight = __uint_as_float(packet.y);
+    return came == sync::Came::kHere;
+}
+
 // Sums what this rank's experts made of a token of `home`, and sends one piece of it there.
 __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, const Run& op,
-                                             const RowPieces& cut, int home, int num_placed, int token,
-                                             int piece) {
+                                             const RowPieces& cut, bool packets, int home, int num_placed,
+                                             int token, int piece) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
     const int rank = ll.domain.rank, k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
-    const uint8_t* own = ll.region[rank];
-    int expert = -1;
-    int32_t position = -1;
-    float weight = 0.0f;
-    if (k < args.num_topk) {
-        const int at = token * args.num_topk + k;
-        expert = reinterpret_cast<const int32_t*>(own + layout.combine_entries(op.set, home))[at];
-        // Meaningless for selections of other ranks; loaded at once all the same.
-        weight = reinterpret_cast<const float*>(own + layout.combine_weights(op.set, home))[at];
-        position = position_of(args, home, num_placed, token, k);
-    }
-    if (expert >= op.num_local) expert = -1;  // only after a bug that a test planted
+    const int32_t position =
+        k < args.num_topk ? position_of(args, home, num_placed, token, k, op.num_local) : -1;
+    int expert;
+    float weight;
+    if (!await_selections(args, op, home, token, expert, weight)) return;
     if (__ballot_sync(kAllLanes, expert >= 0) == 0) return;
     const uint8_t* row = expert >= 0 ? locate(args, home, token, expert, position) : nullptr;
     // Without a row there is nothing to add, but the home waits for an answer.
     const unsigned mask = __ballot_sync(kAllLanes, row != nullptr);
-    auto* to = reinterpret_cast<Vec*>(ll.region[home] + layout.combine_slot(op.set, token, rank));
     const Steps steps(cut, piece, num_vectors);
+#pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
         float sum[kVectors][kPerVector] = {};
         add_weighted(sum, mask, row, weight, step, num_vectors);
-        write_sums(to, sum, step, num_vectors);
+        const Rounded partial(sum);
+        if (packets) {
+            uint8_t* to = ll.region[home] + layout.combine_packets(op.set, token, rank);
+            send_step(partial.step(), to, step, op.epoch, k);
+        } else {
+            partial.write(reinterpret_cast<Vec*>(ll.region[home] + layout.combine_slot(op.set, token, rank)),
+                          step, num_vectors);
+        }
     }
+    if (packets) return;
     sync::publish_piece(ll, 1u << home, op.epoch,
                         [&](int) { return layout.combine_flag(op.set, token, rank, piece); });
 }
@@ -274,18 +366,12 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
                                               int piece) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
-    const int rank = ll.domain.rank, k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
-    int expert = -1;
-    int32_t position = -1;
-    if (k < args.num_topk) {
-        position = position_of(args, home, num_placed, token, k);
-        if (op.sends_early) {
-            expert = position < 0 ? -1 : position_expert(position);
-        } else {
-            const uint8_t* entries = ll.region[rank] + layout.combine_entries(op.set, home);
-            expert = reinterpret_cast<const int32_t*>(entries)[token * args.num_topk + k];
-        }
-    }
+    const int k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
+    const int32_t position =
+        k < args.num_topk ? position_of(args, home, num_placed, token, k, op.num_local) : -1;
+    int expert = position < 0 ? -1 : position_expert(position);
+    float unused;
+    if (!op.sends_early && !await_selections(args, op, home, token, expert, unused)) return;
     if (expert >= op.num_local) expert = -1;
     const unsigned rows = __ballot_sync(kAllLanes, expert >= 0);
     if (rows == 0) return;
@@ -293,6 +379,7 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
     const Steps steps(cut, piece, num_vectors);
     unsigned left = steps.first < steps.end ? rows : 0;
     int step = steps.first;
+#pragma unroll 1
     while (left != 0) {
         Vec parts[kRowsAhead][kVectors] = {};
         uint8_t* to[kRowsAhead];
@@ -330,22 +417,29 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
                          [&](int which) { return layout.combine_flag(op.set, token, which, piece); });
 }
 
-// The jobs of this warp among those of all homes: pieces of tokens. Each rank begins with another home.
+// Warps of the grid that share jobs, and which of them this one is. Jobs go to the blocks in turn.
+struct Workers {
+    int index, count;
+};
+
+// The jobs of a worker among those of all homes: pieces of tokens. Each rank begins with another home.
 template <bool kSummed>
-__device__ void serve_homes(const LowLatencyCombineArgs& args, const Run& op, const Peers& peers) {
+__device__ void serve_homes(const LowLatencyCombineArgs& args, const Run& op, const Peers& peers,
+                            const Workers& workers) {
+    int job = workers.index;
     const int num_ranks = args.ll.domain.num_ranks;
     const int num_homes = op.own_by_slot ? num_ranks : num_ranks - 1;
-    const int num_warps = static_cast<int>(gridDim.x) * kNumWarps;
-    int job = static_cast<int>(blockIdx.x + threadIdx.x / 32 * gridDim.x);
+#pragma unroll 1
     for (int i = 0; i < num_homes; ++i) {
-        const int home = (args.ll.domain.rank + 1 + i) % num_ranks;
+        const int next = args.ll.domain.rank + 1 + i, home = next < num_ranks ? next : next - num_ranks;
         if (peers.came[home] != sync::Came::kHere) continue;
         const RowPieces cut = peers.cut[home];
         const int num_jobs = peers.num_tokens[home] * cut.count;
-        for (; job < num_jobs; job += num_warps) {
-            const int token = job / cut.count, piece = job % cut.count;
+#pragma unroll 1
+        for (; job < num_jobs; job += workers.count) {
+            const int token = peers.by_pieces[home].quotient(job), piece = job - token * cut.count;
             if constexpr (kSummed) {
-                send_partial(args, op, cut, home, peers.num_placed[home], token, piece);
+                send_partial(args, op, cut, peers.packets[home], home, peers.num_placed[home], token, piece);
             } else {
                 send_unsummed(args, op, cut, home, peers.num_placed[home], token, piece);
             }
@@ -354,14 +448,77 @@ __device__ void serve_homes(const LowLatencyCombineArgs& args, const Run& op, co
     }
 }
 
+constexpr unsigned kFailedParts = 0xFFFFFFFFu;
+
+// Partial sums of a step by the first kPacketRowsAhead ranks of `left`, zeros of one that was masked meanwhile; `own` is this
+// rank's. Returns the ranks that remain, kFailedParts after a failure.
+__device__ __forceinline__ unsigned take_packets(const LowLatencyCombineArgs& args, const Run& op,
+                                                 unsigned left, int token, int step,
+                                                 const Vec (&own)[kVectors],
+                                                 Vec (&parts)[kRowsAhead][kVectors]) {
+    const LowLatencyDomain& ll = args.ll;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    uint8_t* region = ll.region[ll.domain.rank];
+    const auto row_of = [&](int from) { return region + ll.layout.combine_packets(op.set, token, from); };
+    PeekedStep peeked[kPacketRowsAhead];
+    int ranks[kPacketRowsAhead];
+#pragma unroll
+    for (int i = 0; i < kPacketRowsAhead; ++i) {
+        ranks[i] = __ffs(left) - 1;
+        left &= left - 1;
+        if (ranks[i] >= 0 && ranks[i] != ll.domain.rank) peeked[i] = peek_step(row_of(ranks[i]), step, lane);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacketRowsAhead; ++i) {
+        if (ranks[i] < 0) break;
+        if (ranks[i] == ll.domain.rank) {
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) parts[i][v] = own[v];
+            continue;
+        }
+        const sync::Came came =
+            await_step(ll, kKind, ranks[i], op.epoch, row_of(ranks[i]), step, lane, peeked[i]);
+        if (came == sync::Came::kFailed) return kFailedParts;
+        if (came == sync::Came::kMasked) continue;
+        const RowStep part = peeked[i].step();
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) parts[i][v] = *reinterpret_cast<const Vec*>(&part.halves[v]);
+    }
+    return left;
+}
+
+// The same from slots whose flags have come.
+__device__ __forceinline__ unsigned take_slots(const LowLatencyCombineArgs& args, const Run& op,
+                                               unsigned left, int token, int step, const Vec (&own)[kVectors],
+                                               Vec (&parts)[kRowsAhead][kVectors]) {
+    const LowLatencyDomain& ll = args.ll;
+    const uint8_t* slots = ll.region[ll.domain.rank] + ll.layout.combine_slot(op.set, token, 0);
+#pragma unroll
+    for (int i = 0; i < kRowsAhead; ++i) {
+        if (left == 0) break;
+        const int from = __ffs(left) - 1;
+        left &= left - 1;
+        const auto* slot = reinterpret_cast<const Vec*>(slots + from * ll.layout.slot_bytes);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            if (from == ll.domain.rank) {
+                parts[i][v] = own[v];
+            } else if (vector_of(step, v) < args.hidden / 8) {
+                parts[i][v] = slot[vector_of(step, v)];
+            }
+        }
+    }
+    return left;
+}
+
 // Sums one piece of an own token from the ranks' partial sums; `here`: ranks that take part. The own partial sum is made
 // while the others travel. False after a failure.
-__device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, const Run& op,
-                                             const RowPieces& cut, unsigned here, int token, int piece,
-                                             Peers& peers) {
+__device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, const CombinePlan& plan,
+                                             const Run& op, unsigned here, int token, int piece,
+                                             const Peers& peers) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
-    const int rank = ll.domain.rank, num_ranks = ll.domain.num_ranks, num_placed = peers.num_placed[rank];
+    const int rank = ll.domain.rank, num_placed = peers.num_placed[rank];
     const int k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
     unsigned owner_bit = 0;
     const uint8_t* row = nullptr;
@@ -370,21 +527,20 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
         const int at = token * args.num_topk + k;
         const int expert = existing(args, selection(args, at));
         if (expert >= 0) {
-            const int owner = rank_of_expert(expert, args.num_experts, num_ranks);
+            const int owner = plan.experts.owner(expert);
             owner_bit = 1u << owner;
             if (owner == rank) {
-                row =
-                    locate(args, rank, token, expert - expert_range(args.num_experts, num_ranks, rank).first,
-                           position_of(args, rank, num_placed, token, k));
+                row = locate(args, rank, token, expert - plan.experts.first(rank),
+                             position_of(args, rank, num_placed, token, k, op.num_local));
                 weight = args.topk_weights[at];
             }
         }
     }
     unsigned ranks = __reduce_or_sync(kAllLanes, owner_bit) & here;
     const unsigned own_rows = __ballot_sync(kAllLanes, row != nullptr);
-    const uint8_t* slots = ll.region[rank] + layout.combine_slot(op.set, token, 0);
     auto* out = reinterpret_cast<Vec*>(args.out + static_cast<int64_t>(token) * args.hidden * 2);
-    const Steps steps(cut, piece, num_vectors);
+    const Steps steps(plan.cut, piece, num_vectors);
+#pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
         Vec own[kVectors] = {};
         if (own_rows != 0) {
@@ -394,33 +550,23 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) own[v] = rounder.round(partial[v]);
         }
-        if (step == steps.first) {
+        if (!op.packets && step == steps.first) {
+#pragma unroll 1
             for (unsigned left = ranks & ~(1u << rank); left != 0; left &= left - 1) {
                 const int from = __ffs(left) - 1;
                 const int64_t flag = layout.combine_flag(op.set, token, from, piece);
-                const sync::Came came = sync::await_piece(ll, kKind, from, flag, op.epoch, peers.waits);
+                const sync::Came came = sync::await_piece(ll, kKind, from, flag, op.epoch);
                 if (came == sync::Came::kFailed) return false;
                 if (came == sync::Came::kMasked) ranks &= ~(1u << from);
             }
         }
         float sum[kVectors][kPerVector] = {};
+#pragma unroll 1
         for (unsigned left = ranks; left != 0;) {
             Vec parts[kRowsAhead][kVectors] = {};
-#pragma unroll
-            for (int i = 0; i < kRowsAhead; ++i) {
-                if (left == 0) break;
-                const int from = __ffs(left) - 1;
-                left &= left - 1;
-                const auto* slot = reinterpret_cast<const Vec*>(slots + from * layout.slot_bytes);
-#pragma unroll
-                for (int v = 0; v < kVectors; ++v) {
-                    if (from == rank) {
-                        parts[i][v] = own[v];
-                    } else if (vector_of(step, v) < num_vectors) {
-                        parts[i][v] = slot[vector_of(step, v)];
-                    }
-                }
-            }
+            left = op.packets ? take_packets(args, op, left, token, step, own, parts)
+                              : take_slots(args, op, left, token, step, own, parts);
+            if (left == kFailedParts) return false;
             // A part that is absent is +0, which changes no sum that began with +0.
 #pragma unroll
             for (int i = 0; i < kRowsAhead; ++i) {
@@ -428,18 +574,18 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
                 for (int v = 0; v < kVectors; ++v) add_vector(sum[v], parts[i][v]);
             }
         }
-        write_sums(out, sum, step, num_vectors);
+        Rounded(sum).write(out, step, num_vectors);
     }
     return true;
 }
 
 // Sums one piece of an own token from the experts' rows. False after a failure.
-__device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, const Run& op,
-                                             const RowPieces& cut, unsigned here, int token, int piece,
-                                             Peers& peers) {
+__device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, const CombinePlan& plan,
+                                             const Run& op, unsigned here, int token, int piece,
+                                             const Peers& peers) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
-    const int rank = ll.domain.rank, num_ranks = ll.domain.num_ranks, num_placed = peers.num_placed[rank];
+    const int rank = ll.domain.rank, num_placed = peers.num_placed[rank];
     const int k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
     int owner = -1;
     const uint8_t* row = nullptr;
@@ -448,34 +594,36 @@ __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, 
         const int at = token * args.num_topk + k;
         const int expert = existing(args, selection(args, at));
         if (expert >= 0) {
-            owner = rank_of_expert(expert, args.num_experts, num_ranks);
+            owner = plan.experts.owner(expert);
             weight = args.topk_weights[at];
             if (owner == rank && !op.own_by_slot) {
-                row =
-                    locate(args, rank, token, expert - expert_range(args.num_experts, num_ranks, rank).first,
-                           position_of(args, rank, num_placed, token, k));
+                row = locate(args, rank, token, expert - plan.experts.first(rank),
+                             position_of(args, rank, num_placed, token, k, op.num_local));
             } else if ((here >> owner & 1u) != 0) {
                 row = ll.region[rank] + layout.combine_slot(op.set, token, k);
             }
         }
     }
     const bool travels = row != nullptr && (owner != rank || op.own_by_slot);
+#pragma unroll 1
     for (unsigned left = __ballot_sync(kAllLanes, travels); left != 0; left &= left - 1) {
         const int which = __ffs(left) - 1, from = __shfl_sync(kAllLanes, owner, which);
         const int64_t flag = layout.combine_flag(op.set, token, which, piece);
-        const sync::Came came = sync::await_piece(ll, kKind, from, flag, op.epoch, peers.waits);
+        const sync::Came came = sync::await_piece(ll, kKind, from, flag, op.epoch);
         if (came == sync::Came::kFailed) return false;
         if (came == sync::Came::kMasked && k == which) row = nullptr;
     }
     const unsigned rows = __ballot_sync(kAllLanes, row != nullptr);
     const unsigned ranks = __reduce_or_sync(kAllLanes, row != nullptr ? 1u << owner : 0u);
     auto* out = reinterpret_cast<Vec*>(args.out + static_cast<int64_t>(token) * args.hidden * 2);
-    const Steps steps(cut, piece, num_vectors);
+    const Steps steps(plan.cut, piece, num_vectors);
+#pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
         float sum[kVectors][kPerVector] = {};
         if (args.sum_at_home) {
             add_weighted(sum, rows, row, weight, step, num_vectors);
         } else {
+#pragma unroll 1
             for (unsigned left = ranks; left != 0; left &= left - 1) {
                 const unsigned of_rank = rows & __ballot_sync(kAllLanes, owner == __ffs(left) - 1);
                 float partial[kVectors][kPerVector] = {};
@@ -485,29 +633,35 @@ __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, 
                 for (int v = 0; v < kVectors; ++v) add_vector(sum[v], rounder.round(partial[v]));
             }
         }
-        write_sums(out, sum, step, num_vectors);
+        Rounded(sum).write(out, step, num_vectors);
     }
     return true;
 }
 
 template <bool kSummed>
-__device__ void serve_own_tokens(const LowLatencyCombineArgs& args, const Run& op, const RowPieces& cut,
-                                 Peers& peers) {
+__device__ void serve_own_tokens(const LowLatencyCombineArgs& args, const CombinePlan& plan, const Run& op,
+                                 const Peers& peers, const Workers& workers) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const bool is_here = lane < args.ll.domain.num_ranks &&
                          (lane == args.ll.domain.rank || peers.came[lane] == sync::Came::kHere);
     const unsigned here = __ballot_sync(kAllLanes, is_here);
-    const int num_warps = static_cast<int>(gridDim.x) * kNumWarps, num_jobs = args.num_tokens * cut.count;
+    const int num_warps = static_cast<int>(gridDim.x) * kNumWarps,
+              num_jobs = args.num_tokens * plan.cut.count;
     bool goes_on = true;
-    for (int job = static_cast<int>(blockIdx.x + threadIdx.x / 32 * gridDim.x); goes_on && job < num_jobs;
-         job += num_warps) {
-        const int token = job / cut.count, piece = job % cut.count;
+#pragma unroll 1
+    for (int job = workers.index; goes_on && job < num_jobs; job += workers.count) {
+        const int token = plan.by_pieces.quotient(job), piece = job - token * plan.cut.count;
         if constexpr (kSummed) {
-            goes_on = sum_partials(args, op, cut, here, token, piece, peers);
+            goes_on = sum_partials(args, plan, op, here, token, piece, peers);
         } else {
-            goes_on = sum_unsummed(args, op, cut, here, token, piece, peers);
+            goes_on = sum_unsummed(args, plan, op, here, token, piece, peers);
         }
     }
+}
+
+// Of a block: more of them the more of the tokens' rows lie with their own rank.
+__device__ __forceinline__ int own_warps(int num_ranks) {
+    return num_ranks == 1 ? 0 : max(kNumWarps / num_ranks, 2);
 }
 
 // kSummed: a rank sums what its own experts made of a token before it sends one row. For that it needs the weights, which
@@ -515,35 +669,49 @@ __device__ void serve_own_tokens(const LowLatencyCombineArgs& args, const Run& o
 // where the home sums them all.
 template <bool kSummed>
 __global__ void __launch_bounds__(kNumThreads, 1)
-    low_latency_combine(const __grid_constant__ LowLatencyCombineArgs args, const LowLatencyPart part,
-                        const RowPieces cut) {
+    low_latency_combine(const __grid_constant__ LowLatencyCombineArgs args,
+                        const __grid_constant__ CombinePlan plan) {
     __shared__ Peers peers;
     const LowLatencyDomain& ll = args.ll;
-    if (threadIdx.x < kMaxPeers) peers.waits.ns[threadIdx.x] = 0;
     ptx::wait_for_earlier_kernels();
+    ptx::launch_dependents();
+    // By another warp than the one that begins.
+    if (is_leader() && threadIdx.x / 32 == kNumWarps - 1) sync::tell_consumed(ll, kKind);
     const bool has_positions = args.positions != nullptr;
     Run op{};
-    op.begins = part != LowLatencyPart::kReceive;
-    op.ends = part != LowLatencyPart::kSend;
-    op.sends_early = part == LowLatencyPart::kSend && has_positions;
-    op.own_by_slot = part != LowLatencyPart::kWhole && has_positions;
-    op.epoch = op.begins ? sync::next_epoch(ll, kKind) : *args.ticket;
-    op.set = static_cast<int>(op.epoch % kNumSets);
-    op.num_local = expert_range(args.num_experts, ll.domain.num_ranks, ll.domain.rank).count;
-    __syncthreads();
+    op.begins = plan.part != LowLatencyPart::kReceive;
+    op.ends = plan.part != LowLatencyPart::kSend;
+    op.packets = plan.packets;
+    op.sends_early = plan.part == LowLatencyPart::kSend && has_positions;
+    op.own_by_slot = plan.part != LowLatencyPart::kWhole && has_positions;
+    op.num_local = plan.experts.count(ll.domain.rank);
     if (op.begins && blockIdx.x == 0) {
-        if (part == LowLatencyPart::kSend && threadIdx.x == 0) *args.ticket = op.epoch;
-        send_selections(args, op, cut, peers);
-    }
-    if (op.ends || op.sends_early) meet_peers(args, op, cut, peers);
-    // Without positions only the homes can tell which row is whose k-th, so the rows leave in the receive part.
-    const bool sends_here = part == LowLatencyPart::kReceive ? !has_positions : op.ends || op.sends_early;
-    if (sends_here) serve_homes<kSummed>(args, op, peers);
-    if (op.ends) {
-        serve_own_tokens<kSummed>(args, op, cut, peers);
-        sync::finish_receive(ll, kKind, op.epoch, op.begins, peers.waits, args.wait_stats);
+        send_selections(args, plan, op, peers);
+        if (plan.part == LowLatencyPart::kSend && threadIdx.x == 0) *args.ticket = op.epoch;
     } else {
-        sync::finish_send(ll, kKind, op.epoch);
+        begin_block(args, op, peers);
+    }
+    if (op.ends || op.sends_early) meet_peers(args, plan, op, peers);
+    // Without positions only the homes can tell which row is whose k-th, so the rows leave in the receive part.
+    const bool sends_here =
+        plan.part == LowLatencyPart::kReceive ? !has_positions : op.ends || op.sends_early;
+    // Some warps sum own tokens while the others keep the link busy. Those are done first by all of them where rows are only
+    // sent or only summed.
+    const int num_own_warps = sends_here && op.ends ? own_warps(ll.domain.num_ranks) : 0;
+    const int warp = static_cast<int>(threadIdx.x / 32), num_blocks = static_cast<int>(gridDim.x);
+    const bool is_own = warp < num_own_warps, is_shared = num_own_warps == 0;
+    const int first = is_own ? warp : warp - num_own_warps;
+    const int num_warps = is_own ? num_own_warps : kNumWarps - num_own_warps;
+    const Workers workers{static_cast<int>(blockIdx.x) + first * num_blocks, num_warps * num_blocks};
+    if (sends_here && !is_own) serve_homes<kSummed>(args, op, peers, workers);
+    if (!op.ends) return;
+    if (is_own || is_shared) serve_own_tokens<kSummed>(args, plan, op, peers, workers);
+    if (!is_leader()) return;
+    __syncthreads();
+    if (threadIdx.x == 0) sync::note_received(ll, kKind, op.epoch);
+    if (threadIdx.x < ll.domain.num_ranks) {
+        sync::keep_wait(ll, kKind, static_cast<int>(threadIdx.x), peers.waited_ns[threadIdx.x],
+                        args.wait_stats);
     }
 }
 
@@ -572,24 +740,36 @@ void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPa
     check_limit(args.num_max_tokens, args.ll.layout.num_max_tokens, kName, "the largest number of tokens");
     if (args.use_logfmt)
         throw std::invalid_argument("deep_ep: low_latency_combine: rows travel as bf16 only");
+    const auto plan_of = [&](bool packets, const RowPieces& cut) {
+        return CombinePlan{part,
+                           packets,
+                           cut,
+                           ExpertMap::of(args.num_experts, args.ll.domain.num_ranks),
+                           SmallDivider::of(args.num_topk),
+                           SmallDivider::of(cut.count)};
+    };
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     const int64_t row_bytes = 2 * static_cast<int64_t>(args.hidden);
     if (part == LowLatencyPart::kWhole && !args.sum_at_home) {
         // Each warp of the other ranks gets one piece, if there are enough.
         const int64_t rows =
             static_cast<int64_t>(std::max(args.num_tokens, 1)) * std::max(args.ll.domain.num_ranks - 1, 1);
-        const RowPieces cut = cut_row(row_bytes, static_cast<int64_t>(num_sms) * kNumWarps / rows);
+        // Packets take half as much again on the link, and arrive sooner.
+        const bool packets = args.num_tokens <= args.ll.layout.packet_tokens;
+        const RowPieces cut = packets ? by_steps(args.hidden)
+                                      : cut_row(row_bytes, static_cast<int64_t>(num_sms) * kNumWarps / rows);
         launch_early(low_latency_combine<true>, num_blocks(args, cut, num_sms), kNumThreads, 0, cuda_stream,
-                     kName, args, part, cut);
+                     kName, args, plan_of(packets, cut));
     } else {
         // Ranks that sum and ranks that do not would wait for each other's flags.
         constexpr uint64_t kUnsummed = 0x5DEECE66D;
         args.signature ^= kUnsummed;
         // All ranks cut alike without having heard of each other.
         constexpr int64_t kPiecesWanted = 2048;
+        constexpr bool packets = false;
         const RowPieces cut = cut_row(row_bytes, kPiecesWanted / std::max(args.num_max_tokens, 1));
         launch_early(low_latency_combine<false>, num_blocks(args, cut, num_sms), kNumThreads, 0, cuda_stream,
-                     kName, args, part, cut);
+                     kName, args, plan_of(packets, cut));
     }
 }
 

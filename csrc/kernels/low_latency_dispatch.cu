@@ -13,403 +13,632 @@ namespace {
 
 constexpr int kNumThreads = 512;
 constexpr int kNumWarps = kNumThreads / 32;
-constexpr int kBatch = 2;  // steps that a warp has in flight
+constexpr int kKept = 2;  // selections of a chunk that a thread keeps; it reads further ones again
 constexpr int kScratchBytes = 44 << 10;
+constexpr int kItemsPerBlock = 8;  // fewer than there are warps: latency counts
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr auto kKind = LowLatencyKind::kDispatch;
 
 // How the host cut the work.
 struct DispatchPlan {
     LowLatencyPart part;
-    RowPieces pieces;
-    int chunk_words;  // words of 32 tokens that the scratch memory takes at a time
+    bool packets;      // rows travel as packets, a step each
+    RowPieces pieces;  // else so
+    int num_senders;   // blocks after the announcing one; the others begin with the own rows
+    int chunk_words;   // of 32 tokens, which the announcing block counts at a time
+    ExpertMap experts;
+    SmallDivider by_topk, by_pieces, by_local;  // selections of a token, what a row is sent in, local experts
 };
 
 // What the threads of a block share.
 struct BlockState {
-    sync::LongestWaits waits;
     uint64_t epoch;
-    unsigned room;  // ranks, as bits, whose set this operation may write
-    // By turn: the sources from the own rank on. first_item: where the source's pieces begin among all of this rank.
-    unsigned present;  // sources, as bits, that take part
+    unsigned room;     // ranks, as bits, whose set this operation may write
+    unsigned absent;   // sources, as bits, that are known to take no part while counts are awaited
+    unsigned present;  // sources that take part
+    unsigned packets;  // sources whose rows are packets
     int num_items;
+    // By turn: the sources from the own rank on; where the source's pieces begin among all of this rank.
     int first_item[kMaxPeers];
     int num_tokens[kMaxPeers];
     int num_pieces[kMaxPeers];
+    SmallDivider by_pieces[kMaxPeers];
     int piece_steps[kMaxPeers];
+    uint64_t waited_ns[kMaxPeers];
 };
 
 __device__ __forceinline__ int set_of(uint64_t epoch) {
     return static_cast<int>(epoch % kNumSets);
 }
 
-// Learns the operation's number, and waits for leave to write. By all threads of a block, once, before its first store.
-__device__ void begin_block(const LowLatencyDispatchArgs& args, BlockState& block) {
-    const LowLatencyDomain& ll = args.ll;
-    if (threadIdx.x < 32) {
-        const int peer = static_cast<int>(threadIdx.x);
-        const uint64_t epoch = sync::next_epoch(ll, kKind);
-        const bool may = peer < ll.domain.num_ranks &&
-                         sync::await_room(ll, kKind, epoch, peer, block.waits) == sync::Came::kHere;
-        const unsigned room = __ballot_sync(kAllLanes, may);
-        if (peer == 0) {
-            block.epoch = epoch;
-            block.room = room;
-        }
+// One block tells what was consumed, waits the longest, and writes what is not by rows. The last one, as block 0 comes late.
+__device__ __forceinline__ bool is_leader() {
+    return blockIdx.x == gridDim.x - 1;
+}
+
+// Learns the operation's number, and waits for leave to write. By the first warp of every block, before the block's first
+// store; the others know after a block barrier.
+__device__ __forceinline__ void begin_block(const LowLatencyDomain& ll, BlockState& block) {
+    const int peer = static_cast<int>(threadIdx.x);
+    const bool is_peer = peer < ll.domain.num_ranks;
+    sync::Room room{};
+    if (is_peer) room = sync::peek_room(ll, kKind, peer);
+    uint64_t epoch = 0;
+    if (peer == 0) epoch = sync::begin_operation(ll, kKind);
+    epoch = __shfl_sync(kAllLanes, epoch, 0);
+    const bool may = is_peer && sync::await_room(ll, kKind, epoch, peer, room) == sync::Came::kHere;
+    const unsigned all = __ballot_sync(kAllLanes, may);
+    if (peer == 0) {
+        block.epoch = epoch;
+        block.room = all;
     }
-    __syncthreads();
 }
 
 // The expert of a selection; -1 for none, and for one that does not exist.
 template <class Index>
-__device__ __forceinline__ int expert_at(const LowLatencyDispatchArgs& args, int64_t i) {
-    const Index expert = static_cast<const Index*>(args.topk_idx)[i];
-    return expert >= 0 && expert < args.num_experts ? static_cast<int>(expert) : -1;
+__device__ __forceinline__ int existing(const LowLatencyDispatchArgs& args, Index given) {
+    return given >= 0 && given < args.num_experts ? static_cast<int>(given) : -1;
 }
 
-// By one block: tells each peer the counts of its experts, and for each selection the number of the token among those for
-// the same expert. The tokens of an expert are bits, so numbers follow the token order and a token that names an expert
-// twice counts once. The block begins here, when it has counted.
+template <class Index>
+__device__ __forceinline__ Index selection(const LowLatencyDispatchArgs& args, int64_t i) {
+    return static_cast<const Index*>(args.topk_idx)[i];
+}
+
+// The tokens of a chunk by expert, as bits, so that numbers follow the token order and a token that names an expert twice
+// counts once.
+struct Chunk {
+    int num_experts;
+    uint32_t* before;  // [num_experts]: tokens of earlier chunks
+    uint32_t* bits;    // [words, num_experts]
+
+    __device__ __forceinline__ void add(int expert, int token) const {
+        atomicOr(&bits[token / 32 * num_experts + expert], 1u << token % 32);
+    }
+    // Earlier tokens with the expert.
+    __device__ __forceinline__ uint32_t ordinal(int expert, int token) const {
+        uint32_t sum =
+            before[expert] + __popc(bits[token / 32 * num_experts + expert] & ((1u << token % 32) - 1));
+#pragma unroll 1
+        for (int w = 0; w < token / 32; ++w) sum += __popc(bits[w * num_experts + expert]);
+        return sum;
+    }
+    __device__ __forceinline__ uint32_t count(int expert, int num_words) const {
+        uint32_t sum = before[expert];
+#pragma unroll 1
+        for (int w = 0; w < num_words; ++w) sum += __popc(bits[w * num_experts + expert]);
+        return sum;
+    }
+};
+
+// Tells each peer the entries of a chunk's selections; see pack_entry.
+__device__ __forceinline__ void send_entry(const LowLatencyDispatchArgs& args, const ExpertMap& experts,
+                                           const BlockState& block, const Chunk& chunk, int expert, int token,
+                                           int64_t i) {
+    const LowLatencyDomain& ll = args.ll;
+    int owner = -1;
+    int32_t entry = -1;
+    if (expert >= 0) {
+        owner = experts.owner(expert);
+        entry = pack_entry(expert - experts.first(owner), static_cast<int>(chunk.ordinal(expert, token)));
+    }
+    const int64_t at = ll.layout.dispatch_entries(set_of(block.epoch), ll.domain.rank) + i * 8;
+#pragma unroll 1
+    for (unsigned left = block.room; left != 0; left &= left - 1) {
+        const int peer = __ffs(left) - 1;
+        sync::send_word(ll.region[peer] + at, block.epoch, static_cast<uint32_t>(peer == owner ? entry : -1));
+    }
+}
+
+__device__ void send_counts(const LowLatencyDispatchArgs& args, const ExpertMap& experts,
+                            const BlockState& block, const Chunk& chunk, int num_words) {
+    const LowLatencyDomain& ll = args.ll;
+    const int64_t counts_at = ll.layout.dispatch_counts(set_of(block.epoch), ll.domain.rank);
+#pragma unroll 1
+    for (int e = static_cast<int>(threadIdx.x); e < args.num_experts; e += kNumThreads) {
+        const int owner = experts.owner(e);
+        if ((block.room >> owner & 1u) == 0) continue;
+        const int local = e - experts.first(owner);
+        sync::send_word(ll.region[owner] + counts_at + static_cast<int64_t>(local) * 8, block.epoch,
+                        chunk.count(e, num_words));
+    }
+}
+
+// Of selections in registers.
+template <class Index>
+__device__ __forceinline__ Index kept_at(const Index (&kept)[kKept], int j) {
+    static_assert(kKept == 2);
+    return j == 0 ? kept[0] : kept[1];
+}
+
+// By one block: tells each peer how many tokens there are, the counts of its experts, and for each selection the number of
+// the token among those for the same expert.
 template <class Index>
 __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan& plan, BlockState& block,
                          uint32_t* scratch) {
     const LowLatencyDomain& ll = args.ll;
-    const int num_ranks = ll.domain.num_ranks, num_experts = args.num_experts, num_topk = args.num_topk;
-    const int thread = static_cast<int>(threadIdx.x);
-    uint32_t* before = scratch;              // [num_experts]: tokens of earlier chunks
-    uint32_t* bits = scratch + num_experts;  // [chunk_words, num_experts]
-    for (int e = thread; e < num_experts; e += kNumThreads) before[e] = 0;
+    const int num_experts = args.num_experts, num_topk = args.num_topk,
+              thread = static_cast<int>(threadIdx.x);
+    const Chunk chunk{num_experts, scratch, scratch + num_experts};
     const int chunk_tokens = 32 * plan.chunk_words;
-    bool begun = false;
-    for (int first = 0; first < args.num_tokens || !begun; first += chunk_tokens) {
-        const int num_tokens = max(min(chunk_tokens, args.num_tokens - first), 0);
-        const int num_words = (num_tokens + 31) / 32, num_selections = num_tokens * num_topk;
+#pragma unroll 1
+    for (int first = 0; first == 0 || first < args.num_tokens; first += chunk_tokens) {
+        const int num_tokens = min(chunk_tokens, args.num_tokens - first), num_words = (num_tokens + 31) / 32;
         const int64_t base = static_cast<int64_t>(first) * num_topk;
-        for (int i = thread; i < num_words * num_experts; i += kNumThreads) bits[i] = 0;
-        __syncthreads();
-        for (int i = thread; i < num_selections; i += kNumThreads) {
-            const int expert = expert_at<Index>(args, base + i), token = i / num_topk;
-            if (expert >= 0) {
-                atomicOr(&bits[token / 32 * num_experts + expert], 1u << token % 32);
-            } else if (const Index given = static_cast<const Index*>(args.topk_idx)[base + i]; given != -1) {
-                sync::report(ll.domain, DeviceError::kExpertRange, Operation::kDispatch, Phase::kLayout,
-                             i % num_topk, first + token, static_cast<uint64_t>(given));
-            }
+        const int num_selections = num_tokens * num_topk;
+        Index kept[kKept];
+#pragma unroll
+        for (int j = 0; j < kKept; ++j) {
+            const int i = thread + j * kNumThreads;
+            kept[j] = i < num_selections ? selection<Index>(args, base + i) : Index{-1};
+        }
+#pragma unroll 1
+        for (int i = thread; i < num_words * num_experts; i += kNumThreads) chunk.bits[i] = 0;
+        if (first == 0) {
+#pragma unroll 1
+            for (int e = thread; e < num_experts; e += kNumThreads) chunk.before[e] = 0;
+            if (thread < 32) begin_block(ll, block);
         }
         __syncthreads();
-        if (!begun) begin_block(args, block);
-        begun = true;
-        const int set = set_of(block.epoch);
-        for (int i = thread; i < num_selections; i += kNumThreads) {
-            const int expert = expert_at<Index>(args, base + i), token = i / num_topk;
-            int owner = -1;
-            int32_t entry = -1;
-            if (expert >= 0) {
-                owner = rank_of_expert(expert, num_experts, num_ranks);
-                uint32_t ordinal = before[expert];
-                for (int w = 0; w < token / 32; ++w) ordinal += __popc(bits[w * num_experts + expert]);
-                ordinal += __popc(bits[token / 32 * num_experts + expert] & ((1u << token % 32) - 1));
-                entry = pack_entry(expert - expert_range(num_experts, num_ranks, owner).first,
-                                   static_cast<int>(ordinal));
-            }
-            for (unsigned left = block.room; left != 0; left &= left - 1) {
-                const int peer = __ffs(left) - 1;
-                auto* entries = reinterpret_cast<int32_t*>(ll.region[peer] +
-                                                           ll.layout.dispatch_entries(set, ll.domain.rank));
-                entries[base + i] = peer == owner ? entry : -1;
-            }
+        if (first == 0 && (thread < ll.domain.num_ranks && (block.room >> thread & 1u) != 0)) {
+            sync::publish_header(ll, kKind, thread, block.epoch,
+                                 {signature_tag(args.signature), args.num_tokens,
+                                  plan.packets ? 0 : plan.pieces.count, plan.pieces.bytes / kStepBytes});
+        }
+        int bad = -1;
+#pragma unroll 1
+        for (int i = thread, j = 0; i < num_selections; i += kNumThreads, ++j) {
+            const Index given = j < kKept ? kept_at(kept, j) : selection<Index>(args, base + i);
+            const int expert = existing(args, given);
+            if (expert >= 0) chunk.add(expert, plan.by_topk.quotient(i));
+            if (expert < 0 && given != -1) bad = i;
+        }
+        if (bad >= 0) {
+            sync::report_apart(ll.domain, DeviceError::kExpertRange, Operation::kDispatch, Phase::kLayout,
+                               plan.by_topk.remainder(bad), first + plan.by_topk.quotient(bad),
+                               static_cast<uint64_t>(selection<Index>(args, base + bad)));
         }
         __syncthreads();
-        for (int e = thread; e < num_experts; e += kNumThreads) {
-            for (int w = 0; w < num_words; ++w) before[e] += __popc(bits[w * num_experts + e]);
+        const bool is_last = first + chunk_tokens >= args.num_tokens;
+        if (is_last) send_counts(args, plan.experts, block, chunk, num_words);
+#pragma unroll 1
+        for (int i = thread, j = 0; i < num_selections; i += kNumThreads, ++j) {
+            const Index given = j < kKept ? kept_at(kept, j) : selection<Index>(args, base + i);
+            send_entry(args, plan.experts, block, chunk, existing(args, given), plan.by_topk.quotient(i),
+                       base + i);
         }
+        if (is_last) return;
         __syncthreads();
-    }
-    const int set = set_of(block.epoch);
-    for (int e = thread; e < num_experts; e += kNumThreads) {
-        const int owner = rank_of_expert(e, num_experts, num_ranks);
-        if ((block.room >> owner & 1u) == 0) continue;
-        auto* counts =
-            reinterpret_cast<int32_t*>(ll.region[owner] + ll.layout.dispatch_counts(set, ll.domain.rank));
-        counts[e - expert_range(num_experts, num_ranks, owner).first] = static_cast<int32_t>(before[e]);
-    }
-    __syncthreads();
-    if (thread < num_ranks && (block.room >> thread & 1u) != 0) {
-        LowLatencyHeader fields{};
-        fields.signature = args.signature;
-        fields.num_tokens = args.num_tokens;
-        fields.num_pieces = plan.pieces.count;
-        fields.piece_bytes = plan.pieces.bytes;
-        sync::publish_header(ll, kKind, thread, block.epoch, fields);
+#pragma unroll 1
+        for (int e = thread; e < num_experts; e += kNumThreads) chunk.before[e] = chunk.count(e, num_words);
+        __syncthreads();
     }
 }
 
-// The warps of the blocks from `first_block` on share the pieces of the tokens. begins: the block has yet to begin, and
-// does so when each warp has its first piece at hand.
+// The warps of `num_blocks` blocks from `first_block` on share the pieces of the tokens. begins: the block has yet to begin,
+// and does so when each warp has its first piece at hand.
 template <bool kFp8, class Index>
 __device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan& plan, BlockState& block,
-                          int first_block, bool begins) {
+                          int first_block, int num_blocks, bool begins) {
     const LowLatencyDomain& ll = args.ll;
     const RowShape shape = RowShape::of(args.hidden, kFp8, args.format);
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-    const int num_blocks = static_cast<int>(gridDim.x) - first_block;
-    const int num_pieces = plan.pieces.count, piece_steps = plan.pieces.bytes / kStepBytes;
-    const int num_items = args.num_tokens * num_pieces;
+    const int num_pieces = plan.packets ? shape.num_steps : plan.pieces.count;
+    const int piece_steps = plan.packets ? 1 : plan.pieces.bytes / kStepBytes;
     // In one launch the own tokens need not travel: the receiving half takes them from x.
     const unsigned not_own = plan.part == LowLatencyPart::kWhole ? ~(1u << ll.domain.rank) : ~0u;
-    int item = static_cast<int>(blockIdx.x) - first_block + warp * num_blocks;
+    const bool travels = ll.domain.num_ranks > 1 || plan.part != LowLatencyPart::kWhole;
+    const int index = static_cast<int>(blockIdx.x) - first_block;
+    const int num_items = travels && index < num_blocks ? args.num_tokens * num_pieces : 0;
+    int item = index + warp * num_blocks;
     int token = 0, piece = 0, step = 0, end = 0;
     unsigned to = 0;
-    RowStep steps[kBatch];
+    Index given{-1};
+    SourceStep<kFp8> source;
     auto open = [&] {
         if (item >= num_items) return;
-        token = item / num_pieces;
+        token = plan.by_pieces.quotient(item);
         piece = item - token * num_pieces;
         step = piece * piece_steps;
         end = min(step + piece_steps, shape.num_steps);
-        const int expert = lane < args.num_topk
-                               ? expert_at<Index>(args, static_cast<int64_t>(token) * args.num_topk + lane)
-                               : -1;
-        const unsigned bit =
-            expert >= 0 ? 1u << rank_of_expert(expert, args.num_experts, ll.domain.num_ranks) : 0u;
-        to = __reduce_or_sync(kAllLanes, bit) & not_own;
+        given = lane < args.num_topk
+                    ? selection<Index>(args, static_cast<int64_t>(token) * args.num_topk + lane)
+                    : Index{-1};
     };
-    auto encode_batch = [&] {
-        if (item >= num_items || to == 0) return;
-        const uint8_t* x = args.x + static_cast<int64_t>(token) * args.hidden * 2;
-        SourceStep<kFp8> sources[kBatch];
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-            if (step + b < end) sources[b] = load_source<kFp8>(x, shape, step + b, lane);
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-            if (step + b < end) steps[b] = encode<kFp8>(sources[b], shape, step + b, args.format, lane);
-        }
+    auto load = [&] {
+        if (item >= num_items) return;
+        source = load_source<kFp8>(args.x + static_cast<int64_t>(token) * args.hidden * 2, shape, step, lane);
+    };
+    // After load(), so that selections and rows are under way together.
+    auto close = [&] {
+        const int expert = existing(args, given);
+        const unsigned owner = expert >= 0 ? 1u << plan.experts.owner(expert) : 0u;
+        to = __reduce_or_sync(kAllLanes, owner) & not_own;
     };
     open();
-    encode_batch();
-    if (begins) begin_block(args, block);
+    load();
+    if (begins) {
+        if (warp == 0) begin_block(ll, block);
+        __syncthreads();
+    }
+    close();
+    const uint64_t epoch = block.epoch;
     const unsigned room = block.room;
-    const int set = set_of(block.epoch);
+    const int set = set_of(epoch);
+#pragma unroll 1
     while (item < num_items) {
         to &= room;
+        const RowStep what = encode<kFp8>(source, shape, step, args.format, lane);
+#pragma unroll 1
         for (unsigned left = to; left != 0; left &= left - 1) {
-            const int peer = __ffs(left) - 1;
-            uint8_t* slot = ll.region[peer] + ll.layout.dispatch_slot(set, ll.domain.rank, token);
-            auto* scales = reinterpret_cast<uint32_t*>(slot + shape.num_bytes);
-#pragma unroll
-            for (int b = 0; b < kBatch; ++b) {
-                if (step + b < end) store_step(steps[b], slot, scales, 1, shape, step + b, lane);
+            uint8_t* region = ll.region[__ffs(left) - 1];
+            if (plan.packets) {
+                uint8_t* row = region + ll.layout.dispatch_packets(set, ll.domain.rank, token);
+                send_step(what, row, step, epoch, lane);
+            } else {
+                uint8_t* slot = region + ll.layout.dispatch_slot(set, ll.domain.rank, token);
+                auto* scales = reinterpret_cast<uint32_t*>(slot + shape.num_bytes);
+                store_step(what, slot, scales, 1, shape, step, lane);
             }
         }
-        step += kBatch;
-        if (step >= end || to == 0) {
-            const int64_t flag_at = ll.layout.dispatch_flag(set, ll.domain.rank, token, piece);
-            sync::publish_piece(ll, to, block.epoch, [&](int) { return flag_at; });
+        const bool is_done = ++step >= end || to == 0;
+        if (is_done) {
+            if (!plan.packets && to != 0) {
+                const int64_t flag_at = ll.layout.dispatch_flag(set, ll.domain.rank, token, piece);
+                sync::publish_piece(ll, to, epoch, [&](int) { return flag_at; });
+            }
             item += num_blocks * kNumWarps;
             open();
         }
-        encode_batch();
+        load();
+        if (is_done) close();
     }
 }
 
-// Waits for all sources and lays their pieces out behind one another. By all threads of a block; the same answer for all:
-// false after a failure.
-__device__ bool await_sources(const LowLatencyDispatchArgs& args, BlockState& block) {
+// The sources by turn, from the own rank on.
+__device__ __forceinline__ int source_of(const Domain& domain, int turn) {
+    const int source = domain.rank + turn;
+    return source < domain.num_ranks ? source : source - domain.num_ranks;
+}
+
+// What a source's header says. Within bounds whatever it says, as after a bug that a test planted.
+__device__ __forceinline__ void take_header(const LowLatencyDispatchArgs& args, const RowShape& shape,
+                                            const LowLatencyHeader& header, int source, BlockState& block) {
+    const bool packets = header.num_pieces == 0;
+    const int most = packets ? min(args.ll.layout.packet_tokens, args.num_max_tokens) : args.num_max_tokens;
+    block.num_tokens[source] = min(max(header.num_tokens, 0), most);
+    block.num_pieces[source] = packets ? shape.num_steps : min(header.num_pieces, kMaxRowPieces);
+    block.by_pieces[source] = SmallDivider::of(block.num_pieces[source]);
+    block.piece_steps[source] = packets ? 1 : max(header.piece_steps, 1);
+    if (packets) atomicOr(&block.packets, 1u << source);
+}
+
+// Waits for the headers of all sources. By the first warp.
+__device__ __forceinline__ sync::Came await_headers(const LowLatencyDispatchArgs& args, const RowShape& shape,
+                                                    BlockState& block) {
     const LowLatencyDomain& ll = args.ll;
-    const int num_ranks = ll.domain.num_ranks;
-    bool is_good = true;
-    if (threadIdx.x < 32) {
-        const int turn = static_cast<int>(threadIdx.x);
-        const int source = (ll.domain.rank + turn) % num_ranks;
-        int num_tokens = 0, num_pieces = 1, piece_steps = 1;
-        bool is_here = false;
-        if (turn < num_ranks) {
-            const sync::Came came =
-                sync::await_header(ll, kKind, source, block.epoch, args.signature, block.waits);
-            is_good = came != sync::Came::kFailed;
-            is_here = came == sync::Came::kHere;
-            if (is_here) {
-                const LowLatencyHeader* header =
-                    sync::header_at(ll, kKind, source, ll.domain.rank, block.epoch);
-                // Within bounds whatever it says, as after a bug that a test planted.
-                num_tokens = min(header->num_tokens, args.num_max_tokens);
-                num_pieces = min(max(header->num_pieces, 1), kMaxRowPieces);
-                piece_steps = max(header->piece_bytes / kStepBytes, 1);
-            }
-            block.num_tokens[source] = num_tokens;
-            block.num_pieces[source] = num_pieces;
-            block.piece_steps[source] = piece_steps;
+    const int num_ranks = ll.domain.num_ranks, turn = static_cast<int>(threadIdx.x);
+    const int source = source_of(ll.domain, turn);
+    sync::Came came = sync::Came::kMasked;
+    LowLatencyHeader header{};
+    if (turn < num_ranks) {
+        block.waited_ns[source] = 0;
+        came = sync::await_header(ll, kKind, source, block.epoch, args.signature, header,
+                                  &block.waited_ns[source]);
+        if (came == sync::Came::kHere) {
+            take_header(args, shape, header, source, block);
+        } else {
+            atomicOr(&block.absent, came == sync::Came::kFailed ? ~0u : 1u << source);
         }
-        const unsigned present = __reduce_or_sync(kAllLanes, is_here ? 1u << source : 0u);
-        const int own = num_tokens * num_pieces;
-        int sum = own;
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            const int other = __shfl_up_sync(kAllLanes, sum, offset);
-            if (turn >= offset) sum += other;
-        }
-        if (turn < num_ranks) block.first_item[turn] = sum - own;
-        if (turn == num_ranks - 1) block.num_items = sum;
-        if (turn == 0) block.present = present;
     }
-    return __syncthreads_and(is_good) != 0;
+    return static_cast<sync::Came>(
+        __reduce_max_sync(kAllLanes, came == sync::Came::kFailed ? static_cast<unsigned>(came) : 0u));
 }
 
-__device__ __forceinline__ const int32_t* counts_from(const LowLatencyDispatchArgs& args, int set,
-                                                      int source) {
-    return reinterpret_cast<const int32_t*>(args.ll.region[args.ll.domain.rank] +
-                                            args.ll.layout.dispatch_counts(set, source));
+// Waits for the counts of the sources in `of` but not in block.absent, into table [num_ranks, num_local]. False after a
+// failure.
+__device__ __forceinline__ bool await_counts(const LowLatencyDispatchArgs& args, BlockState& block,
+                                             unsigned of, int num_local, const SmallDivider& by_local,
+                                             uint32_t* table) {
+    const LowLatencyDomain& ll = args.ll;
+    const uint8_t* own = ll.region[ll.domain.rank];
+    const int set = set_of(block.epoch);
+    const auto* absent = const_cast<const volatile unsigned*>(&block.absent);
+    bool is_good = true;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < ll.domain.num_ranks * num_local; i += kNumThreads) {
+        const int source = by_local.quotient(i);
+        if ((of >> source & 1u) == 0) continue;
+        const uint8_t* at =
+            own + ll.layout.dispatch_counts(set, source) + static_cast<int64_t>(i - source * num_local) * 8;
+        uint64_t word = 0;
+        bool is_absent = false;
+        const sync::Came came =
+            sync::wait_for_peer(ll, kKind, Phase::kAnnouncement, source, block.epoch, [&](uint64_t& seen) {
+                word = sync::peek_word(at);
+                seen = word >> 32;
+                if (sync::is_here(word, block.epoch)) return true;
+                is_absent = (*absent >> source & 1u) != 0;
+                return is_absent;
+            });
+        table[i] = is_absent || came != sync::Came::kHere ? 0 : static_cast<uint32_t>(word);
+        if (came == sync::Came::kMasked) atomicOr(&block.absent, 1u << source);
+        is_good = is_good && came != sync::Came::kFailed;
+    }
+    return is_good;
 }
 
-// What says where the rows lie: a thread an expert, the last blocks first, as block 0 comes late.
-__device__ void write_ranges(const LowLatencyDispatchArgs& args, const BlockState& block, int set) {
+// All blocks take the same sources for present. By the first warp: lays the pieces of those out behind one another.
+__device__ __forceinline__ void agree(const LowLatencyDispatchArgs& args, const RowShape& shape,
+                                      BlockState& block) {
+    const LowLatencyDomain& ll = args.ll;
+    const int num_ranks = ll.domain.num_ranks, turn = static_cast<int>(threadIdx.x);
+    const int source = source_of(ll.domain, turn);
+    bool is_here = false;
+    int own = 0;
+    if (turn < num_ranks) {
+        const bool has_come = (block.absent >> source & 1u) == 0;
+        is_here = sync::decide(ll, kKind, block.epoch, source, has_come);
+        if (is_here && !has_come) {
+            // Another block has seen all of it.
+            take_header(args, shape, sync::read_header(ll, kKind, source, block.epoch), source, block);
+        }
+        if (!is_here) block.num_tokens[source] = 0;
+        if (is_here) own = block.num_tokens[source] * block.num_pieces[source];
+    }
+    const unsigned present = __reduce_or_sync(kAllLanes, is_here ? 1u << source : 0u);
+    int sum = own;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, sum, offset);
+        if (turn >= offset) sum += other;
+    }
+    if (turn < num_ranks) block.first_item[turn] = sum - own;
+    if (turn == num_ranks - 1) block.num_items = sum;
+    if (turn == 0) block.present = present;
+}
+
+// What says where the rows lie, and turns the table's counts into what lies before. By all threads of a block.
+__device__ void place_rows(const LowLatencyDispatchArgs& args, const BlockState& block, int num_local,
+                           uint32_t* table) {
     const int num_ranks = args.ll.domain.num_ranks;
-    const int num_local = expert_range(args.num_experts, num_ranks, args.ll.domain.rank).count;
-    const auto turn = static_cast<int>(gridDim.x - 1 - blockIdx.x);
-    for (int e = turn * kNumThreads + static_cast<int>(threadIdx.x); e < num_local;
-         e += static_cast<int>(gridDim.x) * kNumThreads) {
-        int sum = 0;
+    const bool writes = is_leader();
+#pragma unroll 1
+    for (int e = static_cast<int>(threadIdx.x); e < num_local; e += kNumThreads) {
+        uint32_t sum = 0;
+#pragma unroll 1
         for (int source = 0; source < num_ranks; ++source) {
-            const int count = (block.present >> source & 1u) != 0 ? counts_from(args, set, source)[e] : 0;
-            args.layout_range[static_cast<int64_t>(e) * num_ranks + source] =
-                static_cast<int64_t>(sum) << 32 | count;
+            uint32_t* at = &table[source * num_local + e];
+            const uint32_t count = (block.present >> source & 1u) != 0 ? *at : 0;
+            *at = sum;
+            if (writes) {
+                args.layout_range[static_cast<int64_t>(e) * num_ranks + source] =
+                    static_cast<int64_t>(sum) << 32 | count;
+            }
             sum += count;
         }
-        args.recv_count[e] = sum;
-        if (args.recv_stats != nullptr) args.recv_stats[e] += sum;
+        if (!writes) continue;
+        args.recv_count[e] = static_cast<int32_t>(sum);
+        if (args.recv_stats != nullptr) args.recv_stats[e] += static_cast<int32_t>(sum);
     }
-    if (turn == 0 && threadIdx.x < num_ranks) args.source_tokens[threadIdx.x] = block.num_tokens[threadIdx.x];
+    if (writes && threadIdx.x < num_ranks) args.source_tokens[threadIdx.x] = block.num_tokens[threadIdx.x];
 }
 
-// Copies each piece that has come to the rows of the experts that want it. A warp a piece.
+// Waits for all sources: what they send, and where it goes. By all threads of a block. table [num_ranks, num_local]: where
+// the rows of a source in an expert begin. The same answer for all: false after a failure.
+__device__ bool await_sources(const LowLatencyDispatchArgs& args, BlockState& block, int num_local,
+                              const SmallDivider& by_local, uint32_t* table) {
+    const RowShape shape = RowShape::of(args.hidden, args.use_fp8, args.format);
+    bool is_good = true;
+    if (threadIdx.x < 32) is_good = await_headers(args, shape, block) != sync::Came::kFailed;
+    is_good = await_counts(args, block, ~0u, num_local, by_local, table) && is_good;
+    if (__syncthreads_and(is_good) == 0) return false;
+    if (threadIdx.x < 32) agree(args, shape, block);
+    __syncthreads();
+    const unsigned again = block.present & block.absent;
+    if (again != 0) {
+        if (threadIdx.x == 0) block.absent = 0;
+        __syncthreads();
+        is_good = await_counts(args, block, again, num_local, by_local, table);
+        if (__syncthreads_and(is_good) == 0) return false;
+    }
+    place_rows(args, block, num_local, table);
+    __syncthreads();
+    return true;
+}
+
+// A selection of a source's token that lies with this rank.
+struct Target {
+    int32_t entry;  // -1: of another rank
+    int in_expert;  // row among those of the expert
+    int64_t row;    // among the rows of all experts
+};
+
+// Waits for the entries of a token, one a lane; none if the source was masked meanwhile. False after a failure.
+__device__ __forceinline__ bool await_entries(const LowLatencyDispatchArgs& args, const BlockState& block,
+                                              int source, int token, uint64_t word, int num_local,
+                                              const uint32_t* table, Target& target) {
+    const LowLatencyDomain& ll = args.ll;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const uint8_t* at = ll.region[ll.domain.rank] + ll.layout.dispatch_entries(set_of(block.epoch), source) +
+                        (static_cast<int64_t>(token) * args.num_topk + lane) * 8;
+    const sync::Came came =
+        sync::wait_by_lanes(ll, kKind, Phase::kPushed, source, block.epoch,
+                            lane >= args.num_topk || sync::is_here(word, block.epoch), [&] {
+                                word = sync::peek_word(at);
+                                return sync::is_here(word, block.epoch);
+                            });
+    target = {-1, 0, -1};
+    if (came == sync::Came::kFailed) return false;
+    if (came == sync::Came::kHere && lane < args.num_topk) target.entry = static_cast<int32_t>(word);
+    if (target.entry >= 0) {
+        const int expert = entry_expert(target.entry);
+        target.in_expert = static_cast<int>(table[source * num_local + expert]) + entry_ordinal(target.entry);
+        const int64_t capacity = static_cast<int64_t>(ll.domain.num_ranks) * args.num_max_tokens;
+        target.row = expert * capacity + target.in_expert;
+    }
+    return true;
+}
+
+// Writes a step to the rows of all lanes' targets.
+__device__ __forceinline__ void fan_out(const LowLatencyDispatchArgs& args, const RowShape& shape,
+                                        const RowStep& what, const Target& target, int step) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int64_t capacity = static_cast<int64_t>(args.ll.domain.num_ranks) * args.num_max_tokens;
+#pragma unroll 1
+    for (unsigned left = __ballot_sync(kAllLanes, target.entry >= 0); left != 0; left &= left - 1) {
+        const int k = __ffs(left) - 1;
+        const int64_t to = __shfl_sync(kAllLanes, target.row, k);
+        const int64_t in_its_expert = __shfl_sync(kAllLanes, target.in_expert, k);
+        const int64_t first_scale = (to - in_its_expert) * shape.scale_words + in_its_expert;
+        store_step(what, args.rows + to * shape.num_bytes, args.scales + first_scale, capacity, shape, step,
+                   lane);
+    }
+}
+
+// Copies each piece that has come to the rows of the experts that want it. A warp a piece. Rows of a rank that is masked
+// meanwhile are zeros, since the ranges count them.
 template <bool kFp8>
 __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchPlan& plan,
-                             BlockState& block) {
+                             const BlockState& block, int num_local, const uint32_t* table) {
     const LowLatencyDomain& ll = args.ll;
     const RowShape shape = RowShape::of(args.hidden, kFp8, args.format);
     const int num_ranks = ll.domain.num_ranks, rank = ll.domain.rank, num_topk = args.num_topk;
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int set = set_of(block.epoch);
-    const int64_t capacity = static_cast<int64_t>(num_ranks) * args.num_max_tokens;
-    const uint8_t* own = ll.region[rank];
+    const uint64_t epoch = block.epoch;
+    uint8_t* own = ll.region[rank];
     const int first_item = lane < num_ranks ? block.first_item[lane] : INT32_MAX;
-    for (int item = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x); item < block.num_items;
-         item += static_cast<int>(gridDim.x) * kNumWarps) {
+    // The own items come first, by the blocks that send nothing if there are any.
+    const int num_own = num_ranks > 1 ? block.first_item[1] : block.num_items;
+    const int num_blocks = static_cast<int>(gridDim.x), index = static_cast<int>(blockIdx.x);
+    const int num_idle = num_blocks - 1 - plan.num_senders, idle_index = index - 1 - plan.num_senders;
+    const int stride = num_blocks * kNumWarps, own_stride = num_idle > 0 ? num_idle * kNumWarps : stride;
+    int own_item = num_idle <= 0     ? index + warp * num_blocks
+                   : idle_index >= 0 ? idle_index + warp * num_idle
+                                     : num_own;
+    int other_item = num_own + index + warp * num_blocks;
+#pragma unroll 1
+    while (own_item < num_own || other_item < block.num_items) {
+        const bool takes_own = own_item < num_own;
+        const int item = takes_own ? own_item : other_item;
+        own_item += takes_own ? own_stride : 0;
+        other_item += takes_own ? 0 : stride;
         const int turn = __popc(__ballot_sync(kAllLanes, first_item <= item)) - 1;
-        const int source = rank + turn < num_ranks ? rank + turn : rank + turn - num_ranks;
+        const int source = source_of(ll.domain, turn);
         const int index = item - __shfl_sync(kAllLanes, first_item, turn);
-        const int token = index / block.num_pieces[source], piece = index % block.num_pieces[source];
-        const auto* entries = reinterpret_cast<const int32_t*>(own + ll.layout.dispatch_entries(set, source));
-        const int32_t entry = lane < num_topk ? entries[static_cast<int64_t>(token) * num_topk + lane] : -1;
-        const unsigned wanted = __ballot_sync(kAllLanes, entry >= 0);
-        int64_t row = -1;  // of this lane's selection, among the packed rows of all experts
-        int in_expert = 0;
-        if (entry >= 0) {
-            in_expert = entry_ordinal(entry);
-            for (unsigned left = block.present & ((1u << source) - 1); left != 0; left &= left - 1) {
-                in_expert += counts_from(args, set, __ffs(left) - 1)[entry_expert(entry)];
-            }
-            row = entry_expert(entry) * capacity + in_expert;
-        }
-        const bool takes_own = source == rank && plan.part == LowLatencyPart::kWhole;
-        sync::Came came = sync::Came::kHere;
-        if (wanted != 0 && !takes_own) {
-            came = sync::await_piece(ll, kKind, source, ll.layout.dispatch_flag(set, source, token, piece),
-                                     block.epoch, block.waits);
-            if (came == sync::Came::kFailed) return;
-        }
+        const int token = block.by_pieces[source].quotient(index);
+        const int piece = index - token * block.num_pieces[source];
+        // In one launch the own rows come from x, as this rank would have sent them.
+        const bool is_own = source == rank && plan.part == LowLatencyPart::kWhole;
+        const bool packets = !is_own && (block.packets >> source & 1u) != 0;
         const int begin = piece * block.piece_steps[source];
-        const int end = wanted == 0 ? begin : min(begin + block.piece_steps[source], shape.num_steps);
+        const int end = min(begin + block.piece_steps[source], shape.num_steps);
+        uint8_t* packet_row = own + ll.layout.dispatch_packets(set, source, packets ? token : 0);
         const uint8_t* slot = own + ll.layout.dispatch_slot(set, source, token);
-        const auto* slot_scales = reinterpret_cast<const uint32_t*>(slot + shape.num_bytes);
-        const uint8_t* x = args.x + static_cast<int64_t>(token) * args.hidden * 2;
-        for (int step = begin; step < end; step += kBatch) {
-            RowStep steps[kBatch] = {};
-            if (takes_own) {
-                SourceStep<kFp8> sources[kBatch];
-#pragma unroll
-                for (int b = 0; b < kBatch; ++b) {
-                    if (step + b < end) sources[b] = load_source<kFp8>(x, shape, step + b, lane);
-                }
-#pragma unroll
-                for (int b = 0; b < kBatch; ++b) {
-                    if (step + b < end)
-                        steps[b] = encode<kFp8>(sources[b], shape, step + b, args.format, lane);
-                }
-            } else if (came == sync::Came::kHere) {
-#pragma unroll
-                for (int b = 0; b < kBatch; ++b) {
-                    if (step + b < end) steps[b] = load_step(slot, slot_scales, shape, step + b, lane);
-                }
-            }  // else the rank was masked meanwhile: zeros, since the ranges count the row
-            for (unsigned left = wanted; left != 0; left &= left - 1) {
-                const int k = __ffs(left) - 1;
-                const int64_t to = __shfl_sync(kAllLanes, row, k);
-                const int64_t in_its_expert = __shfl_sync(kAllLanes, in_expert, k);
-                const int64_t first_scale = (to - in_its_expert) * shape.scale_words + in_its_expert;
-#pragma unroll
-                for (int b = 0; b < kBatch; ++b) {
-                    if (step + b >= end) continue;
-                    store_step(steps[b], args.rows + to * shape.num_bytes, args.scales + first_scale,
-                               capacity, shape, step + b, lane);
-                }
+        // All that is awaited is loaded once before any of it is.
+        uint64_t word = 0;
+        if (lane < num_topk) {
+            word = sync::peek_word(own + ll.layout.dispatch_entries(set, source) +
+                                   (static_cast<int64_t>(token) * num_topk + lane) * 8);
+        }
+        PeekedStep peeked{};
+        if (packets) peeked = peek_step(packet_row, begin, lane);
+        Target target;
+        sync::Came came = sync::Came::kHere;
+#pragma unroll 1
+        for (int step = begin; step < end; ++step) {
+            RowStep what{};
+            if (is_own) {
+                const uint8_t* x = args.x + static_cast<int64_t>(token) * args.hidden * 2;
+                what = encode<kFp8>(load_source<kFp8>(x, shape, step, lane), shape, step, args.format, lane);
             }
+            if (step == begin) {
+                if (!await_entries(args, block, source, token, word, num_local, table, target)) return;
+                if (__ballot_sync(kAllLanes, target.entry >= 0) == 0) break;
+                if (packets) {
+                    came = await_step(ll, kKind, source, epoch, packet_row, step, lane, peeked);
+                } else if (!is_own) {
+                    came = sync::await_piece(ll, kKind, source,
+                                             ll.layout.dispatch_flag(set, source, token, piece), epoch);
+                }
+                if (came == sync::Came::kFailed) return;
+            }
+            if (!is_own && came == sync::Came::kHere) {
+                what = packets ? peeked.step()
+                               : load_step(slot, reinterpret_cast<const uint32_t*>(slot + shape.num_bytes),
+                                           shape, step, lane);
+            }
+            fan_out(args, shape, what, target, step);
         }
         if (piece != 0) continue;
-        if (entry >= 0) args.src_info[row] = token;
+        if (target.entry >= 0) args.src_info[target.row] = token;
         if (lane < num_topk) {
             const int64_t at = (static_cast<int64_t>(source) * args.num_max_tokens + token) * num_topk + lane;
-            args.positions[at] = entry < 0 ? -1 : pack_position(entry_expert(entry), in_expert);
+            args.positions[at] =
+                target.entry < 0 ? -1 : pack_position(entry_expert(target.entry), target.in_expert);
         }
     }
 }
 
-// Block 0 announces, the others send; then all of them receive. No block waits for rows of its own grid; for the own
-// header it waits for block 0, which has started before it.
+// Block 0 announces, the others send; then all of them receive. No block waits for rows of its own grid; for what block 0
+// announces it waits, and block 0 has started before it.
 template <bool kFp8, class Index>
 __global__ void __launch_bounds__(kNumThreads, 1)
     low_latency_dispatch(const __grid_constant__ LowLatencyDispatchArgs args, const DispatchPlan plan) {
     extern __shared__ uint32_t scratch[];
     __shared__ BlockState block;
-    if (threadIdx.x < kMaxPeers) block.waits.ns[threadIdx.x] = 0;
+    const LowLatencyDomain& ll = args.ll;
+    if (threadIdx.x == 0) block.absent = block.packets = 0;
     ptx::wait_for_earlier_kernels();
+    ptx::launch_dependents();
+    // By another warp than the one that begins.
+    if (is_leader() && threadIdx.x / 32 == kNumWarps - 1) sync::tell_consumed(ll, kKind);
     if (plan.part == LowLatencyPart::kReceive) {
         if (threadIdx.x == 0) block.epoch = *args.ticket;
         __syncthreads();
     } else {
         const bool alone = gridDim.x == 1;
         if (blockIdx.x == 0) announce<Index>(args, plan, block, scratch);
-        if (blockIdx.x != 0 || alone) send_rows<kFp8, Index>(args, plan, block, alone ? 0 : 1, !alone);
+        if (blockIdx.x != 0 || alone) {
+            send_rows<kFp8, Index>(args, plan, block, alone ? 0 : 1, plan.num_senders, !alone);
+        }
     }
     if (plan.part == LowLatencyPart::kSend) {
         if (blockIdx.x == 0 && threadIdx.x == 0) *args.ticket = block.epoch;
-        sync::finish_send(args.ll, kKind, block.epoch);
         return;
     }
-    if (await_sources(args, block)) {
-        write_ranges(args, block, set_of(block.epoch));
-        receive_rows<kFp8>(args, plan, block);
+    // The scratch memory changes hands.
+    __syncthreads();
+    const int num_local = plan.experts.count(ll.domain.rank);
+    if (await_sources(args, block, num_local, plan.by_local, scratch)) {
+        receive_rows<kFp8>(args, plan, block, num_local, scratch);
     }
-    sync::finish_receive(args.ll, kKind, block.epoch, plan.part == LowLatencyPart::kWhole, block.waits,
-                         args.wait_stats);
+    if (!is_leader()) return;
+    __syncthreads();
+    if (threadIdx.x == 0) sync::note_received(ll, kKind, block.epoch);
+    if (threadIdx.x < ll.domain.num_ranks) {
+        sync::keep_wait(ll, kKind, static_cast<int>(threadIdx.x), block.waited_ns[threadIdx.x],
+                        args.wait_stats);
+    }
 }
 
 __global__ void __launch_bounds__(kMaxPeers)
     low_latency_dispatch_combine_refuse(const __grid_constant__ LowLatencyDomain ll, LowLatencyKind kind) {
-    __shared__ sync::LongestWaits waits;
     const int peer = static_cast<int>(threadIdx.x);
-    waits.ns[peer] = 0;
-    __syncthreads();
-    const uint64_t epoch = sync::next_epoch(ll, kind);
-    if (peer < ll.domain.num_ranks && sync::await_room(ll, kind, epoch, peer, waits) == sync::Came::kHere) {
-        LowLatencyHeader fields{};
-        fields.signature = kRefusedSignature;
-        sync::publish_header(ll, kind, peer, epoch, fields);
+    const bool is_peer = peer < ll.domain.num_ranks;
+    uint64_t epoch = 0;
+    if (peer == 0) epoch = sync::begin_operation(ll, kind);
+    epoch = __shfl_sync(kAllLanes, epoch, 0);
+    sync::tell_consumed(ll, kind);
+    sync::Room room{};
+    if (is_peer) room = sync::peek_room(ll, kind, peer);
+    if (is_peer && sync::await_room(ll, kind, epoch, peer, room) == sync::Came::kHere) {
+        sync::publish_header(ll, kind, peer, epoch, {kRefusedTag, 0, 0, 0});
     }
+    __syncwarp();
     // What peers still send into this set lies there unread; they use it again in a later operation of their own.
-    sync::finish_receive(ll, kind, epoch, true, waits, nullptr);
+    if (peer == 0) sync::note_received(ll, kind, epoch);
 }
 
 using Kernel = void (*)(LowLatencyDispatchArgs, DispatchPlan);
@@ -443,22 +672,35 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
     check_limit(shape.num_bytes + 4 * shape.scale_words, args.ll.layout.slot_bytes, name,
                 "the size of a row");
 
-    // A row is cut as finely as there are warps for it, on the way out and on the way in.
+    // Packets take half as much again on the link, and arrive sooner.
+    const bool packets = num_tokens <= args.ll.layout.packet_tokens;
+    // A piece is as short as leaves one for each warp, on the way out and on the way in.
     const int64_t num_warps = static_cast<int64_t>(num_sms) * kNumWarps;
     const RowPieces pieces =
         cut_row(shape.num_bytes, num_warps / std::max<int64_t>(num_ranks * num_tokens, 1));
     // Other ranks may send more tokens than this one does.
     const int64_t likely_tokens = std::max<int64_t>(num_tokens, (args.num_max_tokens + 3) / 4);
-    const int64_t blocks = (likely_tokens * num_ranks * pieces.count + kNumWarps - 1) / kNumWarps;
+    const int64_t likely_items = likely_tokens * num_ranks * (packets ? shape.num_steps : pieces.count);
+    const int64_t blocks = (likely_items + kItemsPerBlock - 1) / kItemsPerBlock;
     const int64_t num_blocks = std::clamp<int64_t>(blocks, std::min(num_sms, 2), num_sms);
-    // Of the scratch memory one word an expert is for the sums.
+    // Where rows keep the link busy for long, half of the blocks deal with the own ones meanwhile.
+    const bool shares = !packets && part == LowLatencyPart::kWhole && num_ranks > 1 && num_blocks > 2;
+    const auto num_senders = static_cast<int>(shares ? num_blocks / 2 : std::max<int64_t>(num_blocks - 1, 1));
+    // Of the scratch memory one word an expert is for the sums; later it takes the counts of all sources.
     const int64_t most_words = kScratchBytes / 4 / std::max(args.num_experts, 1) - 1;
     const auto chunk_words =
         static_cast<int>(std::clamp<int64_t>((num_tokens + 31) / 32, 1, std::max<int64_t>(most_words, 1)));
-    const size_t shared_bytes = sizeof(uint32_t) * args.num_experts * (1 + chunk_words);
+    const ExpertMap experts = ExpertMap::of(args.num_experts, static_cast<int>(num_ranks));
+    const int num_local = experts.count(args.ll.domain.rank);
+    const size_t shared_bytes =
+        sizeof(uint32_t) *
+        std::max<int64_t>(static_cast<int64_t>(args.num_experts) * (1 + chunk_words), num_ranks * num_local);
     launch_early(kernel_of(args.use_fp8, args.topk_is_int64), static_cast<unsigned>(num_blocks), kNumThreads,
                  shared_bytes, static_cast<cudaStream_t>(stream), name, args,
-                 DispatchPlan{part, pieces, chunk_words});
+                 DispatchPlan{part, packets, pieces, num_senders, chunk_words, experts,
+                              SmallDivider::of(args.num_topk),
+                              SmallDivider::of(packets ? shape.num_steps : pieces.count),
+                              SmallDivider::of(std::max(num_local, 1))});
 }
 
 void launch_low_latency_refuse(const LowLatencyDomain& ll, LowLatencyKind kind, Stream stream) {

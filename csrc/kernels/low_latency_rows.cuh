@@ -5,6 +5,7 @@
 
 #include "layout/elements.cuh"
 #include "layout/low_latency_layout.h"
+#include "sync/low_latency.cuh"
 
 namespace deep_ep {
 
@@ -145,6 +146,55 @@ __device__ __forceinline__ void store_step(const RowStep& what, uint8_t* row, ui
     }
     const int word = step * shape.step_words + lane;
     if (lane < shape.step_words && word < shape.scale_words) scales[word * scale_stride] = what.scale_word;
+}
+
+// A step in packets, see kStepPackets. `row`: where those of its row begin.
+__device__ __forceinline__ uint8_t* packet_at(uint8_t* row, int step, int i, int lane) {
+    return row + (static_cast<int64_t>(step * kStepPackets + i) * 32 + lane) * kPacketBytes;
+}
+
+__device__ __forceinline__ void send_step(const RowStep& what, uint8_t* row, int step, uint64_t epoch,
+                                          int lane) {
+    const uint4 &a = what.halves[0], &b = what.halves[1];
+    sync::send_packet(packet_at(row, step, 0, lane), epoch, a.x, a.y, a.z);
+    sync::send_packet(packet_at(row, step, 1, lane), epoch, a.w, b.x, b.y);
+    sync::send_packet(packet_at(row, step, 2, lane), epoch, b.z, b.w, what.scale_word);
+}
+
+// What lies where a step's packets of this lane come.
+struct PeekedStep {
+    uint4 packets[kStepPackets];
+
+    __device__ __forceinline__ bool is_here(uint64_t epoch) const {
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < kStepPackets; ++i) all = all && sync::is_here(packets[i], epoch);
+        return all;
+    }
+    __device__ __forceinline__ RowStep step() const {
+        const uint4 &p = packets[0], &q = packets[1], &r = packets[2];
+        return {{{p.x, p.y, p.z, q.x}, {q.y, q.z, r.x, r.y}}, r.z};
+    }
+};
+
+__device__ __forceinline__ PeekedStep peek_step(uint8_t* row, int step, int lane) {
+    PeekedStep peeked;
+#pragma unroll
+    for (int i = 0; i < kStepPackets; ++i) {
+        peeked.packets[i] = sync::peek_packet(packet_at(row, step, i, lane));
+    }
+    return peeked;
+}
+
+// Waits for the rest of a step from `from`. By all lanes, with one answer.
+__device__ __forceinline__ sync::Came await_step(const LowLatencyDomain& ll, LowLatencyKind kind, int from,
+                                                 uint64_t epoch, uint8_t* row, int step, int lane,
+                                                 PeekedStep& peeked) {
+    if (sync::takes_unawaited(ll.domain)) return sync::Came::kHere;
+    return sync::wait_by_lanes(ll, kind, Phase::kPushed, from, epoch, peeked.is_here(epoch), [&] {
+        peeked = peek_step(row, step, lane);
+        return peeked.is_here(epoch);
+    });
 }
 
 }  // namespace deep_ep

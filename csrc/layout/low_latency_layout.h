@@ -2,15 +2,18 @@
 // on all of them. Shared by host and device, so that sizes cannot disagree.
 //
 // Operations of a kind (dispatch, combine) are numbered by epochs from 1 on. An operation uses the set of its epoch's
-// parity, so two can be under way. Everything that says "it is here" is an epoch at a place of its own, whatever the
+// parity, so two can be under way. Everything that says "it is here" holds an epoch, at a place of its own whatever the
 // shapes of a call: nothing is ever cleared, and no data can be taken for a flag.
 //
 // A rank's region holds what peers write there:
-//   dispatch, by source rank:  a header, the counts of this rank's experts, an entry for each (token, k), and a slot for
-//                              each token of the source: its row, behind it its scales.
-//   combine, by home rank:     a header, an entry and a weight for each (token, k), written by the home.
-//   combine, as the home:      slots by (token, j): what rank j made of the token, or, unsummed, what expert k made of it.
-// Rows travel in pieces, each with a flag. The header says how many pieces a row has.
+//   dispatch, by source rank:  a header, the counts of this rank's experts, an entry for each (token, k), and each token of
+//                              the source: its row, behind it its scales.
+//   combine, by home rank:     a header, and a selection for each (token, k), written by the home.
+//   combine, as the home:      rows by (token, j): what rank j made of the token, or, unsummed, what expert k made of it.
+//
+// Words and packets carry the low half of their epoch, so that one load both waits and reads. So do the rows of the first
+// kPacketTokens tokens where latency counts more than bytes; else rows lie in slots and travel in pieces, each with a flag.
+// A tag would be taken for a later one's only after 2^32 operations without another use of its place.
 #pragma once
 
 #include <cstdint>
@@ -56,27 +59,37 @@ DEEP_EP_HOST_DEVICE int position_row(int32_t position) {
     return position & (kMaxPackedRows - 1);
 }
 
-// From one rank to one other: the start of its part of an operation. Reading it all costs one cache line.
-struct alignas(128) LowLatencyHeader {
-    uint64_t epoch;      // written last, with release order
-    uint64_t signature;  // of what must be equal on all ranks, or kRefusedSignature
-    int32_t num_tokens;  // of the writer
-    int32_t
-        num_pieces;  // dispatch: of each row that the writer sends; combine: of each row that is sent to the writer
-    int32_t piece_bytes;  // a multiple of kStepBytes; the last piece may be shorter
+// What a rank tells one other of its part of an operation, in one packet.
+struct LowLatencyHeader {
+    uint32_t signature;  // of what must be equal on all ranks, or kRefusedTag
+    int num_tokens;      // of the writer
+    // dispatch: of each row that the writer sends; combine: of each row that is sent to the writer. 0: rows are packets.
+    int num_pieces;
+    int piece_steps;  // of all pieces but the last one
 };
+constexpr uint32_t kRefusedTag = 0;
+
+// Half of a signature that travels; never kRefusedTag.
+DEEP_EP_HOST_DEVICE uint32_t signature_tag(uint64_t signature) {
+    return static_cast<uint32_t>(signature ^ signature >> 32) | 1u;
+}
 
 // At the start of a region.
 struct alignas(128) LowLatencyControl {
-    // Written by the owner's kernels.
-    uint64_t epoch[kNumKinds];       // operations begun
-    uint32_t arrived[kNumKinds][2];  // blocks of the running kernel that have done their part: send, receive
+    // Written by the owner's kernels. begun: operations << 16 | blocks of the kernel under way that know its number.
+    uint64_t begun[kNumKinds];
+    uint64_t received[kNumKinds][kNumSets];  // last epoch of each parity that has been received
     // Where ranks may be masked: epoch * 2 + whether the rank takes part. The first block that knows decides for all.
     uint64_t verdict[kNumKinds][kNumSets][kMaxPeers];
-    uint64_t waited_ns[kNumKinds][kMaxPeers];  // longest wait for that rank in the running operation
     // Written by peers: the last epoch of each parity that the peer is done with, in its memory.
     alignas(128) uint64_t consumed[kNumKinds][kNumSets][kMaxPeers];
 };
+
+constexpr int kPacketBytes = 16;
+constexpr int kPacketTokens = 128;  // of a rank, at most, whose rows may be packets
+// A step in packets: twelve bytes and an epoch each, three a lane; the last word of a lane has room for a scale.
+constexpr int kStepPackets = 3;
+constexpr int kPacketStepBytes = kStepPackets * 32 * kPacketBytes;
 
 // Offsets from the start of a region, in bytes.
 struct LowLatencyLayout {
@@ -84,10 +97,13 @@ struct LowLatencyLayout {
     int num_max_tokens;         // of a rank
     int num_topk;               // the largest
     int num_max_local_experts;  // of the rank that has most
+    int packet_tokens;          // of a rank, whose rows may be packets
     int64_t slot_bytes;         // a row as bf16, or any other form of it with scales
+    int64_t packet_row_bytes;
     int64_t dispatch_metadata_bytes, combine_metadata_bytes;  // of a (set, rank)
     // First bytes of the parts.
     int64_t dispatch_metadata_at, combine_metadata_at, dispatch_flags_at, combine_flags_at;
+    int64_t dispatch_packets_at, combine_packets_at;
     int64_t dispatch_slots_at, combine_slots_at;
     int64_t num_bytes;  // of the region
 
@@ -111,13 +127,15 @@ struct LowLatencyLayout {
         layout.num_topk = num_topk;
         layout.num_max_local_experts = num_max_local_experts;
         layout.slot_bytes = padded(2 * hidden + 4 * ((hidden + 127) / 128));
+        layout.packet_tokens = num_max_tokens < kPacketTokens ? num_max_tokens : kPacketTokens;
+        layout.packet_row_bytes = (2 * hidden + kStepBytes - 1) / kStepBytes * kPacketStepBytes;
         const int64_t selections = static_cast<int64_t>(num_max_tokens) * num_topk;
-        constexpr int64_t kHeader = sizeof(LowLatencyHeader);
         layout.dispatch_metadata_bytes =
-            kHeader + padded(4 * static_cast<int64_t>(num_max_local_experts)) + padded(4 * selections);
-        layout.combine_metadata_bytes = kHeader + 2 * padded(4 * selections);
+            kAlignment + padded(8 * static_cast<int64_t>(num_max_local_experts)) + padded(8 * selections);
+        layout.combine_metadata_bytes = kAlignment + padded(kPacketBytes * selections);
         const int64_t dispatch_rows = static_cast<int64_t>(num_ranks) * num_max_tokens;
         const int64_t combine_rows = static_cast<int64_t>(layout.rows_per_token()) * num_max_tokens;
+        const int64_t packet_rows = static_cast<int64_t>(num_ranks) * layout.packet_tokens;
         constexpr int64_t kFlags = kMaxRowPieces * sizeof(uint64_t);
         int64_t end = padded(sizeof(LowLatencyControl));
         auto place = [&end](int64_t bytes) {
@@ -129,6 +147,8 @@ struct LowLatencyLayout {
         layout.combine_metadata_at = place(num_ranks * layout.combine_metadata_bytes);
         layout.dispatch_flags_at = place(dispatch_rows * kFlags);
         layout.combine_flags_at = place(combine_rows * kFlags);
+        layout.dispatch_packets_at = place(packet_rows * layout.packet_row_bytes);
+        layout.combine_packets_at = place(packet_rows * layout.packet_row_bytes);
         layout.dispatch_slots_at = place(dispatch_rows * layout.slot_bytes);
         layout.combine_slots_at = place(combine_rows * layout.slot_bytes);
         layout.num_bytes = end;
@@ -141,22 +161,17 @@ struct LowLatencyLayout {
                                                  : combine_metadata_at + index * combine_metadata_bytes;
     }
 
-    // int32 [local experts of the reader]: tokens that the source sends to each.
+    // Tagged words [local experts of the reader]: tokens that the source sends to each.
     DEEP_EP_HOST_DEVICE int64_t dispatch_counts(int set, int source) const {
-        return header(LowLatencyKind::kDispatch, set, source) +
-               static_cast<int64_t>(sizeof(LowLatencyHeader));
+        return header(LowLatencyKind::kDispatch, set, source) + kAlignment;
     }
-    // int32 [tokens of the source, K of the call], see pack_entry.
+    // Tagged words [tokens of the source, K of the call], see pack_entry.
     DEEP_EP_HOST_DEVICE int64_t dispatch_entries(int set, int source) const {
-        return dispatch_counts(set, source) + padded(4 * static_cast<int64_t>(num_max_local_experts));
+        return dispatch_counts(set, source) + padded(8 * static_cast<int64_t>(num_max_local_experts));
     }
-    // int32 [tokens of the home, K of the call]: local expert of the reader, or -1.
-    DEEP_EP_HOST_DEVICE int64_t combine_entries(int set, int home) const {
-        return header(LowLatencyKind::kCombine, set, home) + static_cast<int64_t>(sizeof(LowLatencyHeader));
-    }
-    // float [tokens of the home, K of the call].
-    DEEP_EP_HOST_DEVICE int64_t combine_weights(int set, int home) const {
-        return combine_entries(set, home) + padded(4 * static_cast<int64_t>(num_max_tokens) * num_topk);
+    // Packets [tokens of the home, K of the call]: local expert of the reader, or -1, and the weight.
+    DEEP_EP_HOST_DEVICE int64_t combine_selections(int set, int home) const {
+        return header(LowLatencyKind::kCombine, set, home) + kAlignment;
     }
 
     DEEP_EP_HOST_DEVICE int64_t dispatch_row(int set, int source, int token) const {
@@ -169,6 +184,11 @@ struct LowLatencyLayout {
         return dispatch_flags_at + (dispatch_row(set, source, token) * kMaxRowPieces + piece) * 8;
     }
 
+    DEEP_EP_HOST_DEVICE int64_t dispatch_packets(int set, int source, int token) const {
+        const int64_t row = (static_cast<int64_t>(set) * num_ranks + source) * packet_tokens + token;
+        return dispatch_packets_at + row * packet_row_bytes;
+    }
+
     // j: a rank, or, unsummed, a k.
     DEEP_EP_HOST_DEVICE int64_t combine_row(int set, int token, int j) const {
         return (static_cast<int64_t>(set) * num_max_tokens + token) * rows_per_token() + j;
@@ -179,6 +199,10 @@ struct LowLatencyLayout {
     DEEP_EP_HOST_DEVICE int64_t combine_flag(int set, int token, int j, int piece) const {
         return combine_flags_at + (combine_row(set, token, j) * kMaxRowPieces + piece) * 8;
     }
+    DEEP_EP_HOST_DEVICE int64_t combine_packets(int set, int token, int rank) const {
+        const int64_t row = (static_cast<int64_t>(set) * packet_tokens + token) * num_ranks + rank;
+        return combine_packets_at + row * packet_row_bytes;
+    }
 };
 
 // A rank's view of its peers in low-latency operations.
@@ -188,7 +212,7 @@ struct LowLatencyDomain {
     LowLatencyLayout layout;
     // In own device memory, beyond the lifetime of a region.
     uint32_t* masked;         // [R]: not 0 for a rank that is left out
-    uint64_t* last_waits_ns;  // [kNumKinds, R]: longest wait for that rank in the last operation
+    uint64_t* last_waits_ns;  // [kNumKinds, R]: how long the last operation waited for that rank
     uint64_t
         mask_after_ns;  // a rank that is awaited for longer is masked; 0: it is a failure, after domain.timeout_ns
 };

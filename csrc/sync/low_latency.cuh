@@ -1,13 +1,22 @@
-// Order between ranks in low-latency operations: flags that are epochs, waits that end, and leave to use a slot again.
-// Beside sync/exchange.cuh, whose failures, delays and planted bugs it shares; what is waited for lies in the region.
+// Order between ranks in low-latency operations: what carries its own epoch, flags that are epochs, waits that end, and
+// leave to use memory again. Beside sync/exchange.cuh, whose failures, delays and planted bugs it shares; what is waited for
+// lies in the region.
 //
-//   what                        release                       acquire
-//   a header and what follows   publish_header()              await_header()
-//   a piece of a row            publish_piece()               await_piece()
-//   leave to use a set again    finish_receive()              await_room()
+//   what                        written by                    read by
+//   a header                    publish_header()              await_header()
+//   a tagged word               send_word()                   peek_word(), is_here()
+//   a packet                    send_packet()                 peek_packet(), is_here()
+//   a piece of a row            publish_piece(), release      await_piece(), acquire
+//   leave to use a set again    note_received(), then         await_room()
+//                               tell_consumed(), release
+//
+// A word or packet is one access that holds its epoch beside what it carries: who sees the epoch has the rest, so there is
+// nothing to order and no fence to pay for.
 //
 // A rank sends at most two operations of a kind ahead of what a peer has consumed, and the sets alternate, so a set is
-// free when the peer has consumed the epoch two before. That also keeps a header from being overwritten while it is read.
+// free when the peer has consumed the epoch two before. What a kernel has received is told at the start of the rank's next
+// low-latency kernel, whatever its kind, when the one before has ended anyway: a rank begins operation e + 1 of a kind only
+// after that start in its own order of calls, which is that of all ranks, so nobody waits for a kernel that never comes.
 //
 // A rank that does not come is a failure, or, where ranks may be masked, it is left out: see Came.
 #pragma once
@@ -23,10 +32,17 @@ namespace deep_ep::sync {
 // How a wait for a peer ended. After kFailed nothing more is waited for: the operation only ends.
 enum class Came : int { kHere = 0, kMasked = 1, kFailed = 2 };
 
-// Longest waits of a block by peer, in shared memory; zero at first.
-struct LongestWaits {
-    unsigned long long ns[kMaxPeers];
-};
+// What happens rarely is called, not inlined: these kernels run for a few microseconds, and fetching their code counts.
+__device__ __noinline__ inline void dawdle_apart(const Domain& domain, Site site, int peer, uint64_t epoch) {
+    dawdle(domain, site, peer, epoch);
+}
+__device__ __forceinline__ void may_dawdle(const Domain& domain, Site site, int peer, uint64_t epoch) {
+    if (domain.delay_seed != 0) dawdle_apart(domain, site, peer, epoch);
+}
+__device__ __noinline__ inline void report_apart(const Domain& domain, DeviceError error, Operation operation,
+                                                 Phase phase, int peer, uint64_t expected, uint64_t seen) {
+    report(domain, error, operation, phase, peer, expected, seen);
+}
 
 __device__ __forceinline__ LowLatencyControl* low_latency_control(const LowLatencyDomain& ll, int rank) {
     return reinterpret_cast<LowLatencyControl*>(ll.region[rank]);
@@ -40,100 +56,204 @@ __device__ __forceinline__ Operation operation_of(LowLatencyKind kind) {
     return kind == LowLatencyKind::kDispatch ? Operation::kDispatch : Operation::kCombine;
 }
 
-// Number of the operation that this kernel begins. Every block reads it before it arrives at the kernel's end, where the
-// last one advances it.
-__device__ __forceinline__ uint64_t next_epoch(const LowLatencyDomain& ll, LowLatencyKind kind) {
-    const uint64_t* epoch = &own_low_latency_control(ll)->epoch[static_cast<int>(kind)];
-    return *reinterpret_cast<const volatile uint64_t*>(epoch) + 1;
+// Number of the operation that this kernel begins. By one thread of every block, once.
+__device__ __forceinline__ uint64_t begin_operation(const LowLatencyDomain& ll, LowLatencyKind kind) {
+    constexpr int kBlockBits = 16;
+    auto* begun =
+        reinterpret_cast<unsigned long long*>(&own_low_latency_control(ll)->begun[static_cast<int>(kind)]);
+    const unsigned long long before = atomicAdd(begun, 1ull);
+    const unsigned long long num_blocks = gridDim.x;
+    // The last block to ask: the next kernel finds a higher number and no blocks.
+    if ((before & ((1ull << kBlockBits) - 1)) + 1 == num_blocks) {
+        atomicAdd(begun, (1ull << kBlockBits) - num_blocks);
+    }
+    return (before >> kBlockBits) + 1;
 }
 
 __device__ __forceinline__ bool is_masked(const LowLatencyDomain& ll, int peer) {
     return ll.mask_after_ns != 0 && reinterpret_cast<const volatile uint32_t*>(ll.masked)[peer] != 0;
 }
 
-// Waits until *flag >= target, and notes for how long. Order: acquires what was released with the flag.
-__device__ __forceinline__ Came wait_for_peer(const LowLatencyDomain& ll, LowLatencyKind kind,
-                                              const uint64_t* flag, uint64_t target, Phase phase, int peer,
-                                              LongestWaits& waits) {
-    uint64_t seen = ptx::ld_acquire_sys(flag);
-    if (seen >= target) return Came::kHere;
+// How long a wait has lasted.
+struct Patience {
+    uint64_t start_ns;
+    uint32_t num_tries;
+    bool told;
+};
+
+// Asked again and again while what is awaited is not there: kHere to go on waiting.
+__device__ __noinline__ inline Came keep_waiting(const LowLatencyDomain& ll, LowLatencyKind kind, Phase phase,
+                                                 int peer, uint64_t target, uint64_t seen,
+                                                 Patience& patience) {
+    // What is looked at here lies in memory, so doing so at every try would halve the tries.
+    constexpr uint32_t kTries = 8;
+    if (++patience.num_tries % kTries != 0) return Came::kHere;
     const Domain& domain = ll.domain;
-    const uint64_t start = ptx::globaltimer_ns();
-    const uint64_t limit_ns = ll.mask_after_ns != 0 ? ll.mask_after_ns : domain.timeout_ns;
-    uint64_t waited_ns = 0;
-    bool told = false;
-    Came came = Came::kHere;
-    while ((seen = ptx::ld_acquire_sys(flag)) < target) {
-        waited_ns = ptx::globaltimer_ns() - start;
-        if (has_failed(domain)) {
-            came = Came::kFailed;
-            break;
-        }
-        if (is_masked(ll, peer)) {
-            came = Came::kMasked;
-            break;
-        }
-        if (waited_ns > limit_ns) {
-            if (ll.mask_after_ns != 0) {
-                atomicExch(&ll.masked[peer], 1u);
-                came = Came::kMasked;
-            } else {
-                report(domain, DeviceError::kTimeout, operation_of(kind), phase, peer, target, seen);
-                came = Came::kFailed;
-            }
-            break;
-        }
-        if (!told && waited_ns > domain.warn_ns) {
-            told = true;
-            tell_late(domain, operation_of(kind), phase, peer, target, seen);
+    if (has_failed(domain)) return Came::kFailed;
+    if (is_masked(ll, peer)) return Came::kMasked;
+    const uint64_t now = ptx::globaltimer_ns();
+    if (patience.start_ns == 0) patience.start_ns = now;
+    const uint64_t waited_ns = now - patience.start_ns;
+    if (ll.mask_after_ns != 0 && waited_ns > ll.mask_after_ns) {
+        atomicExch(&ll.masked[peer], 1u);
+        return Came::kMasked;
+    }
+    if (ll.mask_after_ns == 0 && waited_ns > domain.timeout_ns) {
+        report(domain, DeviceError::kTimeout, operation_of(kind), phase, peer, target, seen);
+        return Came::kFailed;
+    }
+    if (!patience.told && waited_ns > domain.warn_ns) {
+        patience.told = true;
+        tell_late(domain, operation_of(kind), phase, peer, target, seen);
+    }
+    return Came::kHere;
+}
+
+// Waits until `try_once(seen)` is true; `seen` is what it saw in place of `target`.
+template <class TryOnce>
+__device__ __forceinline__ Came wait_for_peer(const LowLatencyDomain& ll, LowLatencyKind kind, Phase phase,
+                                              int peer, uint64_t target, const TryOnce& try_once) {
+    Patience patience{};
+#pragma unroll 1
+    for (uint64_t seen = 0; !try_once(seen);) {
+        const Came came = keep_waiting(ll, kind, phase, peer, target, seen, patience);
+        if (came != Came::kHere) return came;
+    }
+    return Came::kHere;
+}
+
+// The same for all lanes of a warp, with one answer: each lane waits for its own, `is_here` says for which it is there.
+template <class TryOnce>
+__device__ __forceinline__ Came wait_by_lanes(const LowLatencyDomain& ll, LowLatencyKind kind, Phase phase,
+                                              int peer, uint64_t target, bool is_here,
+                                              const TryOnce& try_once) {
+    constexpr unsigned kAll = 0xFFFFFFFFu;
+    Patience patience{};
+#pragma unroll 1
+    while (!__all_sync(kAll, is_here)) {
+        Came came = Came::kHere;
+        if (!is_here) is_here = try_once();
+        if (!is_here) came = keep_waiting(ll, kind, phase, peer, target, 0, patience);
+        came = static_cast<Came>(__reduce_max_sync(kAll, static_cast<unsigned>(came)));
+        if (came != Came::kHere) return came;
+    }
+    return Came::kHere;
+}
+
+// Tells each peer what this rank has received of all operations before, so that it may write there again. By one warp of a
+// kernel, at its start; the kernels that received have ended.
+//
+// Order: releases the loads of those kernels (kMarkAfterStores); await_room() acquires them.
+__device__ __forceinline__ void tell_consumed(const LowLatencyDomain& ll, LowLatencyKind kind) {
+    const int peer = static_cast<int>(threadIdx.x % 32);
+    if (peer >= ll.domain.num_ranks || has_failed(ll.domain)) return;
+    const LowLatencyControl* own = own_low_latency_control(ll);
+    LowLatencyControl* theirs = low_latency_control(ll, peer);
+    uint64_t received[kNumKinds][kNumSets];
+#pragma unroll
+    for (int k = 0; k < kNumKinds; ++k) {
+#pragma unroll
+        for (int set = 0; set < kNumSets; ++set) received[k][set] = own->received[k][set];
+    }
+    may_dawdle(ll.domain, Site::kMark, peer,
+               received[0][0] + received[0][1] + received[1][0] + received[1][1]);
+    ptx::fence_acq_rel_sys();
+    const bool is_early = is_broken(ll.domain, Contract::kMarkAfterStores);
+#pragma unroll
+    for (int k = 0; k < kNumKinds; ++k) {
+#pragma unroll
+        for (int set = 0; set < kNumSets; ++set) {
+            // Planted: told of what is yet to be received.
+            const uint64_t ahead = is_early && k == static_cast<int>(kind) ? kNumSets : 0;
+            ptx::st_relaxed_sys(&theirs->consumed[k][set][ll.domain.rank], received[k][set] + ahead);
         }
     }
-    atomicMax(&waits.ns[peer], static_cast<unsigned long long>(waited_ns));
-    return came;
+}
+
+// By one thread of the block that told, at its end: the kernel receives this operation.
+__device__ __forceinline__ void note_received(const LowLatencyDomain& ll, LowLatencyKind kind,
+                                              uint64_t epoch) {
+    // After a failure peers must not write where a wait was given up.
+    if (has_failed(ll.domain)) return;
+    own_low_latency_control(ll)->received[static_cast<int>(kind)][epoch % kNumSets] = epoch;
+}
+
+// What a peer has consumed, of both sets, so that the loads need not come after that of the epoch.
+struct Room {
+    uint64_t consumed[kNumSets];
+};
+
+__device__ __forceinline__ Room peek_room(const LowLatencyDomain& ll, LowLatencyKind kind, int peer) {
+    const auto& consumed = own_low_latency_control(ll)->consumed[static_cast<int>(kind)];
+    return {{ptx::ld_relaxed_sys(&consumed[0][peer]), ptx::ld_relaxed_sys(&consumed[1][peer])}};
 }
 
 // Waits until `peer` has consumed what this rank sent two operations of the kind ago, whose set `epoch` uses.
 //
-// Order: acquires the peer's reads of the set, which its finish_receive() released: this rank's stores come after them.
+// Order: this rank's stores to the set come after the peer's loads from it, which tell_consumed() released. They depend on
+// a branch on what is loaded here, and no store is made before a branch it depends on.
 __device__ __forceinline__ Came await_room(const LowLatencyDomain& ll, LowLatencyKind kind, uint64_t epoch,
-                                           int peer, LongestWaits& waits) {
+                                           int peer, const Room& peeked) {
     if (is_masked(ll, peer)) return Came::kMasked;
-    dawdle(ll.domain, Site::kAwaitMark, peer, epoch);
+    if (is_broken(ll.domain, Contract::kAwaitMarks)) return Came::kHere;
+    may_dawdle(ll.domain, Site::kAwaitMark, peer, epoch);
+    const uint64_t target = epoch <= kNumSets ? 0 : epoch - kNumSets;
+    static_assert(kNumSets == 2);
+    if ((epoch % 2 == 0 ? peeked.consumed[0] : peeked.consumed[1]) >= target) return Came::kHere;
     const uint64_t* mark =
         &own_low_latency_control(ll)->consumed[static_cast<int>(kind)][epoch % kNumSets][peer];
-    const uint64_t target = epoch <= kNumSets ? 0 : epoch - kNumSets;
-    return wait_for_peer(ll, kind, mark, target, Phase::kDone, peer, waits);
+    return wait_for_peer(ll, kind, Phase::kDone, peer, target, [&](uint64_t& seen) {
+        seen = ptx::ld_acquire_sys(mark);
+        return seen >= target;
+    });
 }
 
-__device__ __forceinline__ LowLatencyHeader* header_at(const LowLatencyDomain& ll, LowLatencyKind kind,
-                                                       int from, int to, uint64_t epoch) {
-    return reinterpret_cast<LowLatencyHeader*>(
-        ll.region[to] + ll.layout.header(kind, static_cast<int>(epoch % kNumSets), from));
+// Tagged words and packets. The tag is the low half of the epoch.
+
+__device__ __forceinline__ void send_word(uint8_t* at, uint64_t epoch, uint32_t value) {
+    ptx::st_relaxed_sys(reinterpret_cast<uint64_t*>(at), epoch << 32 | value);
 }
 
-// Sends the header to `to`, and with it what the block has written behind it. By one thread for each peer, after a block
-// barrier that follows the block's last store.
-//
-// Order: releases those stores, which the barrier brought to this thread, and the fields (kFieldsBeforeFlag).
+__device__ __forceinline__ uint64_t peek_word(const uint8_t* at) {
+    return ptx::ld_relaxed_sys(reinterpret_cast<const uint64_t*>(at));
+}
+
+__device__ __forceinline__ bool is_here(uint64_t word, uint64_t epoch) {
+    return static_cast<uint32_t>(word >> 32) == static_cast<uint32_t>(epoch);
+}
+
+// Three words to a peer, or to this rank itself.
+__device__ __forceinline__ void send_packet(uint8_t* at, uint64_t epoch, uint32_t a, uint32_t b, uint32_t c) {
+    ptx::st_relaxed_sys_b128(at, {a, b, c, static_cast<uint32_t>(epoch)});
+}
+
+__device__ __forceinline__ uint4 peek_packet(const uint8_t* at) {
+    return ptx::ld_relaxed_sys_b128(at);
+}
+
+__device__ __forceinline__ bool is_here(const uint4& packet, uint64_t epoch) {
+    return packet.w == static_cast<uint32_t>(epoch);
+}
+
+// Rows are not awaited: what a test plants.
+__device__ __forceinline__ bool takes_unawaited(const Domain& domain) {
+    return is_broken(domain, Contract::kAwaitAnnouncement);
+}
+
+// Sends the header to `to`. By one thread for each peer.
 __device__ __forceinline__ void publish_header(const LowLatencyDomain& ll, LowLatencyKind kind, int to,
-                                               uint64_t epoch, const LowLatencyHeader& fields) {
-    LowLatencyHeader* header = header_at(ll, kind, ll.domain.rank, to, epoch);
-    const bool broken = is_broken(ll.domain, Contract::kFieldsBeforeFlag);
-    if (broken) ptx::st_relaxed_sys(&header->epoch, epoch);
-    dawdle(ll.domain, Site::kFields, to, epoch);
-    header->signature = fields.signature;
-    header->num_tokens = fields.num_tokens;
-    header->num_pieces = fields.num_pieces;
-    header->piece_bytes = fields.piece_bytes;
-    dawdle(ll.domain, Site::kPublish, to, epoch);
-    ptx::fence_acq_rel_sys();
-    if (!broken) ptx::st_relaxed_sys(&header->epoch, epoch);
+                                               uint64_t epoch, const LowLatencyHeader& header) {
+    may_dawdle(ll.domain, Site::kPublish, to, epoch);
+    const int64_t at = ll.layout.header(kind, static_cast<int>(epoch % kNumSets), ll.domain.rank);
+    send_packet(ll.region[to] + at, epoch, header.signature, static_cast<uint32_t>(header.num_tokens),
+                static_cast<uint32_t>(header.num_pieces | header.piece_steps << 8));
 }
 
 // The first block that knows decides whether a rank takes part in an operation: all blocks must see the same ranks, or
 // they would place rows differently. Returns what was decided.
 __device__ __forceinline__ bool decide(const LowLatencyDomain& ll, LowLatencyKind kind, uint64_t epoch,
                                        int peer, bool is_here) {
+    if (ll.mask_after_ns == 0) return is_here;
     auto* word = reinterpret_cast<unsigned long long*>(
         &own_low_latency_control(ll)->verdict[static_cast<int>(kind)][epoch % kNumSets][peer]);
     const unsigned long long mine = epoch << 1 | (is_here ? 1u : 0u);
@@ -146,33 +266,54 @@ __device__ __forceinline__ bool decide(const LowLatencyDomain& ll, LowLatencyKin
     return (seen & 1) != 0;
 }
 
-// Waits for the header of `from`. kMasked: it takes no part, in the eyes of all blocks of this rank. A header with another
-// signature is a failure.
-//
-// Order: acquires the header and what its publish_header() released. Whoever else reads these comes after a barrier.
+__device__ __forceinline__ const uint8_t* own_header(const LowLatencyDomain& ll, LowLatencyKind kind,
+                                                     int from, uint64_t epoch) {
+    return ll.region[ll.domain.rank] + ll.layout.header(kind, static_cast<int>(epoch % kNumSets), from);
+}
+
+__device__ __forceinline__ LowLatencyHeader unpack_header(const uint4& packet) {
+    return {packet.x, static_cast<int>(packet.y), static_cast<int>(packet.z & 0xFF),
+            static_cast<int>(packet.z >> 8)};
+}
+
+// The header of a rank that takes part, as another block has seen.
+__device__ __forceinline__ LowLatencyHeader read_header(const LowLatencyDomain& ll, LowLatencyKind kind,
+                                                        int from, uint64_t epoch) {
+    uint4 packet = peek_packet(own_header(ll, kind, from, epoch));
+    while (!is_here(packet, epoch) && !has_failed(ll.domain))
+        packet = peek_packet(own_header(ll, kind, from, epoch));
+    return unpack_header(packet);
+}
+
+// Waits for the header of `from`. kMasked: it takes no part, as far as this block has seen; see decide(). A header with
+// another signature is a failure. waited_ns: how long, if not null.
 __device__ __forceinline__ Came await_header(const LowLatencyDomain& ll, LowLatencyKind kind, int from,
-                                             uint64_t epoch, uint64_t signature, LongestWaits& waits) {
-    const LowLatencyHeader* header = header_at(ll, kind, from, ll.domain.rank, epoch);
-    dawdle(ll.domain, Site::kAwait, from, epoch);
-    Came came = is_masked(ll, from)
-                    ? Came::kMasked
-                    : wait_for_peer(ll, kind, &header->epoch, epoch, Phase::kAnnouncement, from, waits);
-    if (came == Came::kFailed) return came;
-    if (ll.mask_after_ns != 0) {
-        if (!decide(ll, kind, epoch, from, came == Came::kHere)) return Came::kMasked;
-        // Decided by a block that saw it: it is here, and this only acquires it.
-        while (ptx::ld_acquire_sys(&header->epoch) < epoch) {
-        }
+                                             uint64_t epoch, uint64_t signature, LowLatencyHeader& header,
+                                             uint64_t* waited_ns) {
+    const uint8_t* at = own_header(ll, kind, from, epoch);
+    may_dawdle(ll.domain, Site::kAwait, from, epoch);
+    if (is_masked(ll, from)) return Came::kMasked;
+    uint4 packet = peek_packet(at);
+    if (!is_here(packet, epoch)) {
+        const uint64_t start = ptx::globaltimer_ns();
+        const Came came = wait_for_peer(ll, kind, Phase::kAnnouncement, from, epoch, [&](uint64_t& seen) {
+            packet = peek_packet(at);
+            seen = packet.w;
+            return is_here(packet, epoch);
+        });
+        if (waited_ns != nullptr) *waited_ns = ptx::globaltimer_ns() - start;
+        if (came != Came::kHere) return came;
     }
-    const uint64_t theirs = *reinterpret_cast<const volatile uint64_t*>(&header->signature);
-    if (theirs == signature) return Came::kHere;
-    if (theirs == kRefusedSignature && kind == LowLatencyKind::kDispatch) {
+    header = unpack_header(packet);
+    const uint32_t wanted = signature_tag(signature);
+    if (header.signature == wanted) return Came::kHere;
+    if (header.signature == kRefusedTag && kind == LowLatencyKind::kDispatch) {
         // No failure of the buffer: that rank has no tokens in this operation, and its peers' hosts learn of it.
         ll.domain.host->refused_by = from + 1;
         return Came::kMasked;
     }
-    const auto error = theirs == kRefusedSignature ? DeviceError::kRefused : DeviceError::kSignature;
-    report(ll.domain, error, operation_of(kind), Phase::kAnnouncement, from, signature, theirs);
+    const auto error = header.signature == kRefusedTag ? DeviceError::kRefused : DeviceError::kSignature;
+    report_apart(ll.domain, error, operation_of(kind), Phase::kAnnouncement, from, wanted, header.signature);
     return Came::kFailed;
 }
 
@@ -186,7 +327,7 @@ __device__ __forceinline__ void publish_piece(const LowLatencyDomain& ll, unsign
     __syncwarp();
     const int peer = static_cast<int>(threadIdx.x % 32);
     if ((to >> peer & 1u) == 0) return;
-    dawdle(ll.domain, Site::kPublish, peer, epoch);
+    may_dawdle(ll.domain, Site::kPublish, peer, epoch);
     ptx::fence_acq_rel_sys();
     ptx::st_relaxed_sys(reinterpret_cast<uint64_t*>(ll.region[peer] + flag_at(peer)), epoch);
 }
@@ -198,7 +339,7 @@ __device__ __forceinline__ void publish_pieces(const LowLatencyDomain& ll, int t
     __syncwarp();
     const int row = static_cast<int>(threadIdx.x % 32);
     if ((rows >> row & 1u) == 0) return;
-    dawdle(ll.domain, Site::kPublish, to, epoch);
+    may_dawdle(ll.domain, Site::kPublish, to, epoch);
     ptx::fence_acq_rel_sys();
     ptx::st_relaxed_sys(reinterpret_cast<uint64_t*>(ll.region[to] + flag_at(row)), epoch);
 }
@@ -206,69 +347,19 @@ __device__ __forceinline__ void publish_pieces(const LowLatencyDomain& ll, int t
 // Waits for a piece of `from` whose flag lies `flag_at` bytes into the own region. By all lanes of a warp, so that each
 // acquires the piece for its own loads; one load serves all. The same answer for all lanes.
 __device__ __forceinline__ Came await_piece(const LowLatencyDomain& ll, LowLatencyKind kind, int from,
-                                            int64_t flag_at, uint64_t epoch, LongestWaits& waits) {
-    if (is_broken(ll.domain, Contract::kAwaitAnnouncement)) return Came::kHere;
+                                            int64_t flag_at, uint64_t epoch) {
+    if (takes_unawaited(ll.domain)) return Came::kHere;
     const auto* flag = reinterpret_cast<const uint64_t*>(ll.region[ll.domain.rank] + flag_at);
-    dawdle(ll.domain, Site::kAwaitPushed, from, epoch);
-    const Came came = wait_for_peer(ll, kind, flag, epoch, Phase::kPushed, from, waits);
-    // A lane may see the flag just before another one gives up.
-    return static_cast<Came>(__reduce_max_sync(0xFFFFFFFFu, static_cast<unsigned>(came)));
+    may_dawdle(ll.domain, Site::kAwaitPushed, from, epoch);
+    const auto try_once = [&] { return ptx::ld_acquire_sys(flag) >= epoch; };
+    return wait_by_lanes(ll, kind, Phase::kPushed, from, epoch, try_once(), try_once);
 }
 
-// Whether the calling block is the last one of its grid to have come to the end of a part (0: send, 1: receive). By all
-// threads of a block; then everything that the grid's threads did before is ordered before what the caller does next.
-__device__ __forceinline__ bool arrives_last(const LowLatencyDomain& ll, LowLatencyKind kind, int part) {
-    __shared__ bool is_last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        uint32_t* arrived = &own_low_latency_control(ll)->arrived[static_cast<int>(kind)][part];
-        is_last = ptx::add_acq_rel_gpu(arrived, 1) == gridDim.x - 1;
-        if (is_last) *arrived = 0;
-    }
-    __syncthreads();
-    return is_last;
-}
-
-// The end of a kernel that only sends.
-__device__ __forceinline__ void finish_send(const LowLatencyDomain& ll, LowLatencyKind kind, uint64_t epoch) {
-    dawdle(ll.domain, Site::kArrive, ll.domain.rank, epoch);
-    if (arrives_last(ll, kind, 0) && threadIdx.x == 0) {
-        own_low_latency_control(ll)->epoch[static_cast<int>(kind)] = epoch;
-    }
-}
-
-// The end of a kernel that receives; `begins` says whether it also began the operation. By all threads of every block,
-// after their last load from the own region. wait_stats: int64 [R] to add the waits to, or null.
-//
-// Order: the last block has acquired the loads of the whole grid, and its mark releases them to each sender
-// (kMarkAfterStores), whose await_room() acquires it.
-__device__ __forceinline__ void finish_receive(const LowLatencyDomain& ll, LowLatencyKind kind,
-                                               uint64_t epoch, bool begins, const LongestWaits& waits,
-                                               int64_t* wait_stats) {
-    LowLatencyControl* own = own_low_latency_control(ll);
-    const int peer = static_cast<int>(threadIdx.x), k = static_cast<int>(kind);
-    auto* longest = reinterpret_cast<unsigned long long*>(own->waited_ns[k]);
-    auto release_set = [&] {
-        dawdle(ll.domain, Site::kMark, peer, epoch);
-        ptx::fence_acq_rel_sys();
-        ptx::st_relaxed_sys(&low_latency_control(ll, peer)->consumed[k][epoch % kNumSets][ll.domain.rank],
-                            epoch);
-    };
-    __syncthreads();
-    if (peer < ll.domain.num_ranks) {
-        if (waits.ns[peer] != 0) atomicMax(&longest[peer], waits.ns[peer]);
-        if (is_broken(ll.domain, Contract::kMarkAfterStores) && blockIdx.x == 0) release_set();
-    }
-    dawdle(ll.domain, Site::kArrive, ll.domain.rank, epoch);
-    if (!arrives_last(ll, kind, 1)) return;
-    if (peer < ll.domain.num_ranks) {
-        const unsigned long long ns = atomicExch(&longest[peer], 0ull);
-        ll.last_waits_ns[k * ll.domain.num_ranks + peer] = ns;
-        if (wait_stats != nullptr) wait_stats[peer] += static_cast<int64_t>(ns);
-        // After a failure peers must not write where a wait was given up.
-        if (!has_failed(ll.domain)) release_set();
-    }
-    if (begins && threadIdx.x == 0) own->epoch[k] = epoch;
+// Keeps how long each peer was waited for, one thread a peer. wait_stats: int64 [R] to add it to, or null.
+__device__ __forceinline__ void keep_wait(const LowLatencyDomain& ll, LowLatencyKind kind, int peer,
+                                          uint64_t waited_ns, int64_t* wait_stats) {
+    ll.last_waits_ns[static_cast<int>(kind) * ll.domain.num_ranks + peer] = waited_ns;
+    if (wait_stats != nullptr) wait_stats[peer] += static_cast<int64_t>(waited_ns);
 }
 
 }  // namespace deep_ep::sync
