@@ -509,21 +509,18 @@ __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchP
     const uint64_t epoch = block.epoch;
     uint8_t* own = ll.region[rank];
     const int first_item = lane < num_ranks ? block.first_item[lane] : INT32_MAX;
-    // The own items come first, by the blocks that send nothing if there are any.
-    const int num_own = num_ranks > 1 ? block.first_item[1] : block.num_items;
+    // The own items come first. Blocks that send nothing, if there are any, do these alone.
     const int num_blocks = static_cast<int>(gridDim.x), index = static_cast<int>(blockIdx.x);
     const int num_idle = num_blocks - 1 - plan.num_senders, idle_index = index - 1 - plan.num_senders;
-    const int stride = num_blocks * kNumWarps, own_stride = num_idle > 0 ? num_idle * kNumWarps : stride;
-    int own_item = num_idle <= 0     ? index + warp * num_blocks
-                   : idle_index >= 0 ? idle_index + warp * num_idle
-                                     : num_own;
-    int other_item = num_own + index + warp * num_blocks;
+    const int num_apart = num_idle > 0 && num_ranks > 1 ? block.first_item[1] : 0;
+    int apart = idle_index >= 0 ? idle_index + warp * num_idle : num_apart;
+    int shared = num_apart + index + warp * num_blocks;
 #pragma unroll 1
-    while (own_item < num_own || other_item < block.num_items) {
-        const bool takes_own = own_item < num_own;
-        const int item = takes_own ? own_item : other_item;
-        own_item += takes_own ? own_stride : 0;
-        other_item += takes_own ? 0 : stride;
+    while (apart < num_apart || shared < block.num_items) {
+        const bool is_apart = apart < num_apart;
+        const int item = is_apart ? apart : shared;
+        apart += is_apart ? num_idle * kNumWarps : 0;
+        shared += is_apart ? 0 : num_blocks * kNumWarps;
         const int turn = __popc(__ballot_sync(kAllLanes, first_item <= item)) - 1;
         const int source = source_of(ll.domain, turn);
         const int index = item - __shfl_sync(kAllLanes, first_item, turn);
