@@ -56,50 +56,78 @@ void dispatch_layout(PeerDomain& self, Address topk_idx, bool is_int64, int num_
         pointer(stream));
 }
 
-void dispatch_notify(PeerDomain& self, uint64_t signature, const Outputs& output, bool fixed_capacity,
-                     int num_tokens, int num_experts, int num_channels, Address per_rank, Address per_expert,
-                     Address in_rank, Address rank_prefix, Address channel_prefix,
-                     Address recv_channel_prefix, Address send_head, Address stream) {
-    if (!fixed_capacity) self.expect_counts();
-    launch_dispatch_notify(
-        {self.domain(), signature, output_offsets(output), fixed_capacity, num_tokens, num_experts,
-         num_channels, pointer<const int32_t>(per_rank), pointer<const int32_t>(per_expert),
-         pointer<const uint8_t>(in_rank), pointer<int32_t>(rank_prefix), pointer<int32_t>(channel_prefix),
-         pointer<int32_t>(recv_channel_prefix), pointer<int32_t>(send_head)},
-        pointer(stream));
-}
-
-// element_type: of rows that are quantised on the way, -1 for rows that travel as they are.
-void dispatch_rows(PeerDomain& self, uint64_t signature, bool announce, const Outputs& output, int num_tokens,
-                   Address send_head, Address rows, int64_t row_bytes, Address scales, int scales_per_token,
-                   std::pair<int64_t, int64_t> scales_strides, Address topk_idx, bool topk_is_int64,
-                   Address topk_weights, int num_topk, int num_experts, int element_type, int scale_format,
-                   int num_sms, Address stream) {
-    const DispatchRowsArgs args{self.domain(),
-                                signature,
-                                announce,
-                                output_offsets(output),
-                                num_tokens,
-                                pointer<const int32_t>(send_head),
-                                pointer<const uint8_t>(rows),
-                                row_bytes,
-                                pointer<const uint8_t>(scales),
-                                scales_per_token,
-                                scales_strides.first,
-                                scales_strides.second,
-                                pointer<const void>(topk_idx),
-                                topk_is_int64,
-                                pointer<const float>(topk_weights),
-                                num_topk,
-                                num_experts,
-                                static_cast<ElementType>(element_type < 0 ? 0 : element_type),
-                                static_cast<ScaleFormat>(scale_format)};
-    if (element_type < 0) {
-        launch_dispatch_rows(args, num_sms, pointer(stream));
-    } else {
-        launch_dispatch_rows_fp8(args, num_sms, pointer(stream));
+// What all dispatches of one kind of rows have in common; each launch adds addresses and sizes.
+class DispatchPlan {
+  public:
+    // element_type: of rows that are quantised on the way, -1 for rows that travel as they are.
+    DispatchPlan(PeerDomain& peers, int64_t row_bytes, int scales_per_token, int num_topk, bool topk_is_int64,
+                 int element_type, int scale_format)
+        : peers_(peers), quantises_(element_type >= 0) {
+        rows_.row_bytes = row_bytes;
+        rows_.scales_per_token = scales_per_token;
+        rows_.num_topk = num_topk;
+        rows_.topk_is_int64 = topk_is_int64;
+        rows_.type = static_cast<ElementType>(quantises_ ? element_type : 0);
+        rows_.format = static_cast<ScaleFormat>(scale_format);
     }
-}
+
+    // What is sent. Strides in elements; scales, topk_idx and topk_weights may be 0.
+    using Sent = std::tuple<int, Address, Address, std::pair<int64_t, int64_t>, Address, Address>;
+
+    // Exchanges counts, writes the handle, and places the rows.
+    // layout: num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank.
+    // handle: rank_prefix_matrix, channel_prefix_matrix, recv_channel_prefix_matrix, send_head.
+    void route(uint64_t signature, const Outputs& output, bool fixed_capacity, int num_experts,
+               int num_channels, const std::tuple<Address, Address, Address>& layout,
+               const std::tuple<Address, Address, Address, Address>& handle, const Sent& sent, int num_sms,
+               Address stream) {
+        const auto& [per_rank, per_expert, in_rank] = layout;
+        const auto& [rank_prefix, channel_prefix, recv_channel_prefix, send_head] = handle;
+        if (!fixed_capacity) peers_.expect_counts();
+        launch_dispatch_notify(
+            {peers_.domain(), signature, output_offsets(output), fixed_capacity, std::get<0>(sent),
+             num_experts, num_channels, pointer<const int32_t>(per_rank), pointer<const int32_t>(per_expert),
+             pointer<const uint8_t>(in_rank), pointer<int32_t>(rank_prefix), pointer<int32_t>(channel_prefix),
+             pointer<int32_t>(recv_channel_prefix), pointer<int32_t>(send_head)},
+            pointer(stream));
+        launch_rows(signature, false, output, num_experts, send_head, sent, num_sms, stream);
+    }
+
+    // Announces where this rank wants its rows, and places those of the peers, by a handle that is there.
+    void repeat(uint64_t signature, const Outputs& output, int num_experts, Address send_head,
+                const Sent& sent, int num_sms, Address stream) {
+        launch_rows(signature, true, output, num_experts, send_head, sent, num_sms, stream);
+    }
+
+  private:
+    void launch_rows(uint64_t signature, bool announce, const Outputs& output, int num_experts,
+                     Address send_head, const Sent& sent, int num_sms, Address stream) {
+        const auto& [num_tokens, rows, scales, scales_strides, topk_idx, topk_weights] = sent;
+        DispatchRowsArgs args = rows_;
+        args.domain = peers_.domain();
+        args.signature = signature;
+        args.announce = announce;
+        args.output = output_offsets(output);
+        args.num_tokens = num_tokens;
+        args.num_experts = num_experts;
+        args.send_head = pointer<const int32_t>(send_head);
+        args.rows = pointer<const uint8_t>(rows);
+        args.scales = pointer<const uint8_t>(scales);
+        args.scales_token_stride = scales_strides.first;
+        args.scales_stride = scales_strides.second;
+        args.topk_idx = pointer<const void>(topk_idx);
+        args.topk_weights = pointer<const float>(topk_weights);
+        if (quantises_) {
+            launch_dispatch_rows_fp8(args, num_sms, pointer(stream));
+        } else {
+            launch_dispatch_rows(args, num_sms, pointer(stream));
+        }
+    }
+
+    PeerDomain& peers_;
+    bool quantises_;
+    DispatchRowsArgs rows_{};
+};
 
 // segments: (from, to, bytes), addresses in this rank's memory.
 void copy_segments(const std::vector<std::tuple<Address, Address, int64_t>>& segments, int num_sms,
@@ -139,9 +167,16 @@ void combine_rows(PeerDomain& self, uint64_t signature, std::pair<Address, int64
     launch_combine_rows(args, num_sms, pointer(stream));
 }
 
-// What dispatch_notify told the host: rows received here, whether all ranks have room for theirs, tokens of each local
-// expert, rows from each rank to each, and of these the most that one rank receives, or gets back from others.
-py::tuple counts(PeerDomain& self, int num_experts) {
+// Waits for what dispatch_notify tells the host: rows received here, whether all ranks have room for theirs, tokens of
+// each local expert, rows from each rank to each, and of these the most that one rank receives, or gets back from others.
+// Without counts: whether a peer gave the operation up, rather than a failure.
+py::object await_counts(PeerDomain& self, int num_experts) {
+    PeerDomain::Outcome outcome{};
+    {
+        py::gil_scoped_release no_gil;
+        outcome = self.wait_counts();
+    }
+    if (outcome != PeerDomain::Outcome::kCounts) return py::bool_(outcome == PeerDomain::Outcome::kRefused);
     const Domain& domain = self.domain();
     const HostRecord& host = self.host();
     const int num_ranks = domain.num_ranks;
@@ -203,18 +238,21 @@ py::dict planted_bugs() {
 }
 
 void bind_domain(py::module_& m) {
-    using NoGil = py::call_guard<py::gil_scoped_release>;
     py::class_<PeerDomain>(m, "PeerDomain")
         .def(py::init<const std::vector<uintptr_t>&, int, double>())
         .def("dispatch_layout", &dispatch_layout)
-        .def("dispatch_notify", &dispatch_notify)
-        .def("dispatch_rows", &dispatch_rows)
         .def("combine_rows", &combine_rows)
         .def("refuse",
              [](PeerDomain& self, Address stream) { launch_dispatch_refuse(self.domain(), pointer(stream)); })
         .def(
-            "wait_counts", [](PeerDomain& self) { return static_cast<int>(self.wait_counts()); }, NoGil())
-        .def("counts", &counts)
+            "dispatch_plan",
+            [](PeerDomain& self, int64_t row_bytes, int scales_per_token, int num_topk, bool topk_is_int64,
+               int element_type, int scale_format) {
+                return DispatchPlan(self, row_bytes, scales_per_token, num_topk, topk_is_int64, element_type,
+                                    scale_format);
+            },
+            py::keep_alive<0, 1>())
+        .def("await_counts", &await_counts)
         .def("error", &error)
         .def("take_overflow", &take_overflow)
         .def("take_refused", &take_refused)
@@ -224,6 +262,9 @@ void bind_domain(py::module_& m) {
         .def("give_up", &PeerDomain::give_up)
         .def("reset", &PeerDomain::reset)
         .def("close", &PeerDomain::close);
+    py::class_<DispatchPlan>(m, "DispatchPlan")
+        .def("route", &DispatchPlan::route)
+        .def("repeat", &DispatchPlan::repeat);
 }
 
 }  // namespace

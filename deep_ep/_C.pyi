@@ -206,45 +206,6 @@ class PeerDomain:
         in_rank: int,
         stream: int,
     ) -> None: ...
-    def dispatch_notify(
-        self,
-        signature: int,
-        output: tuple[int, int, int, int, int, int],
-        fixed_capacity: bool,
-        num_tokens: int,
-        num_experts: int,
-        num_channels: int,
-        per_rank: int,
-        per_expert: int,
-        in_rank: int,
-        rank_prefix: int,
-        channel_prefix: int,
-        recv_channel_prefix: int,
-        send_head: int,
-        stream: int,
-    ) -> None: ...
-    def dispatch_rows(
-        self,
-        signature: int,
-        announce: bool,
-        output: tuple[int, int, int, int, int, int],
-        num_tokens: int,
-        send_head: int,
-        rows: int,
-        row_bytes: int,
-        scales: int,
-        scales_per_token: int,
-        scales_strides: tuple[int, ...],
-        topk_idx: int,
-        topk_is_int64: bool,
-        topk_weights: int,
-        num_topk: int,
-        num_experts: int,
-        element_type: int,
-        scale_format: int,
-        num_sms: int,
-        stream: int,
-    ) -> None: ...
     def combine_rows(
         self,
         signature: int,
@@ -265,8 +226,17 @@ class PeerDomain:
         stream: int,
     ) -> None: ...
     def refuse(self, stream: int) -> None: ...
-    def wait_counts(self) -> int: ...
-    def counts(self, num_experts: int) -> tuple[int, bool, list[int], list[list[int]], int, int]: ...
+    def dispatch_plan(
+        self,
+        row_bytes: int,
+        scales_per_token: int,
+        num_topk: int,
+        topk_is_int64: bool,
+        element_type: int,
+        scale_format: int,
+    ) -> DispatchPlan: ...
+    # Without counts: whether a peer gave the operation up, rather than a failure.
+    def await_counts(self, num_experts: int) -> tuple[int, bool, list[int], list[list[int]], int, int] | bool: ...
     def error(self) -> tuple[int, int, int, int, int, int] | None: ...
     def take_overflow(self) -> tuple[int, int, int] | None: ...
     def take_refused(self) -> int | None: ...
@@ -276,6 +246,33 @@ class PeerDomain:
     def take_late(self) -> tuple[int, int, int, int, int] | None: ...
     def set_debug(self, delay_seed: int, planted: int) -> None: ...
     def close(self) -> None: ...
+
+class DispatchPlan:
+    # output: offsets of rows, scales, topk_idx, topk_weights and src_idx, and the capacity. sent: num_tokens, rows,
+    # scales, their strides in elements, topk_idx, topk_weights.
+    def route(
+        self,
+        signature: int,
+        output: tuple[int, int, int, int, int, int],
+        fixed_capacity: bool,
+        num_experts: int,
+        num_channels: int,
+        layout: tuple[int, int, int],
+        handle: tuple[int, int, int, int],
+        sent: tuple[int, int, int, tuple[int, ...], int, int],
+        num_sms: int,
+        stream: int,
+    ) -> None: ...
+    def repeat(
+        self,
+        signature: int,
+        output: tuple[int, int, int, int, int, int],
+        num_experts: int,
+        send_head: int,
+        sent: tuple[int, int, int, tuple[int, ...], int, int],
+        num_sms: int,
+        stream: int,
+    ) -> None: ...
 
 # What the link can do; addresses of this rank's range and of a peer's, sizes in bytes. See kernels/probe_launch.h.
 def probe_push(

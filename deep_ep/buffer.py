@@ -18,7 +18,6 @@ from .config import DEFAULT_NUM_SMS, Config, align_up
 from .engines import PortableEngine
 from .engines.cuda_engine import MIN_POOL_BYTES, CudaEngine, PoolRequest, open_peer_memory
 from .engines.mesh import Mesh, MpiLikeComm, members_of, resolve_timeout
-from .engines.portable import DispatchRequest
 from .engines.shared import SharedRows
 from .errors import BufferDestroyed, ConfigError
 from .event import EventHandle, EventOverlap, wait_previous
@@ -401,17 +400,12 @@ class Buffer(LowLatencyMixin):
                 if not call.on_device:
                     rows, scales = fp8.quantize_1x128(rows, scale_format=scale_format or "fp32")
                     scale_format = None
-            request: DispatchRequest
             if handle is not None:
                 given = (topk_idx, topk_weights, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
-                request = cached_request(
-                    runtime, rows, scales, scale_format, handle, given, num_worst_tokens, config, call.on_device
-                )
+                request = cached_request(call, rows, scales, scale_format, handle, given, num_worst_tokens, config)
             else:
                 topk = (topk_idx, topk_weights)
-                request = fresh_request(
-                    runtime, rows, scales, scale_format, layout, topk, num_worst_tokens, config, call.on_device
-                )
+                request = fresh_request(call, rows, scales, scale_format, layout, topk, num_worst_tokens, config)
             call.start()
             result = runtime.dispatch(request)
             call.keep((result.rows, result.scales, result.topk_idx, result.topk_weights, result.handle))
@@ -456,7 +450,7 @@ class Buffer(LowLatencyMixin):
         with runtime.call("combine", x, False, inputs, previous_event, async_finish) as call:
             rows = checks.check_tensor(x, "x", "combine", dim=2, dtypes=checks.COMBINE_DTYPES)
             config = checked_config(config, "combine") or self._default_config("combine", rows)
-            route = runtime.route(handle, "combine", rows)
+            route = call.route(handle, rows)
             if rows.shape[0] != route.num_rows:
                 raise ConfigError(
                     f"combine: x has {rows.shape[0]} rows but the handle's dispatch returned {route.num_rows}; "

@@ -66,12 +66,19 @@ def _matches(shape: Sequence[int | None], sizes: Sequence[int]) -> bool:
     return all(want is None or want == have for want, have in zip(shape, sizes, strict=True))
 
 
+def _is_plain_matrix(value: Any) -> bool:
+    """Whether `check_tensor` would return it as it is. A short cut for what nearly every call passes."""
+    return isinstance(value, torch.Tensor) and len(value.shape) == 2 and value.is_contiguous()
+
+
 def check_topk_idx(
     value: Any, operation: str, num_tokens: int | None = None, device: torch.device | None = None
 ) -> torch.Tensor:
     """`topk_idx` int32 or int64 [T, K], K of at least 1."""
-    shape = None if num_tokens is None else (num_tokens, None)
-    topk_idx = check_tensor(value, "topk_idx", operation, dim=2, dtypes=TOPK_IDX_DTYPES, shape=shape, device=device)
+    topk_idx: torch.Tensor = value
+    if num_tokens is not None or not (_is_plain_matrix(value) and value.dtype in TOPK_IDX_DTYPES):
+        shape = None if num_tokens is None else (num_tokens, None)
+        topk_idx = check_tensor(value, "topk_idx", operation, dim=2, dtypes=TOPK_IDX_DTYPES, shape=shape, device=device)
     if topk_idx.shape[1] == 0:
         raise ConfigError(f"{operation}: topk_idx is {_shape(topk_idx)}; expected [T, K] with K of at least 1")
     return topk_idx
@@ -91,8 +98,9 @@ def check_rows(x: Any, operation: str) -> tuple[torch.Tensor, torch.Tensor | Non
         if len(x) != 2:
             raise ConfigError(f"{operation}: x is a {type(x).__name__} of {len(x)}; expected x or (x, scales)")
         x, scales = x
-    rows = check_tensor(x, "x", operation, dim=2)
-    if rows.shape[1] == 0:
+    rows = x if _is_plain_matrix(x) else check_tensor(x, "x", operation, dim=2)
+    num_tokens, hidden = rows.shape
+    if hidden == 0:
         raise ConfigError(f"{operation}: x is {_shape(rows)}; expected [T, H] with H of at least 1")
     if scales is None:
         return rows, None
@@ -101,15 +109,15 @@ def check_rows(x: Any, operation: str) -> tuple[torch.Tensor, torch.Tensor | Non
             f"{operation}: x is {_shape(rows)} and comes with scales; expected a 1-byte dtype such as float8_e4m3fn "
             "(pass x alone to send it unscaled)"
         )
-    scales = check_tensor(
-        scales,
-        "scales",
-        operation,
-        dim=2,
-        dtypes=SCALE_DTYPES,
-        shape=[rows.shape[0], None],
-        device=rows.device,
-    )
+    if not (
+        _is_plain_matrix(scales)
+        and scales.dtype in SCALE_DTYPES
+        and scales.shape[0] == num_tokens
+        and scales.device == rows.device
+    ):
+        scales = check_tensor(
+            scales, "scales", operation, dim=2, dtypes=SCALE_DTYPES, shape=(num_tokens, None), device=rows.device
+        )
     if scales.shape[1] == 0:
         raise ConfigError(f"{operation}: scales is {_shape(scales)}; expected [T, S] with S of at least 1")
     return rows, scales
@@ -117,7 +125,9 @@ def check_rows(x: Any, operation: str) -> tuple[torch.Tensor, torch.Tensor | Non
 
 def check_bias(bias: Any, operation: str, rows: torch.Tensor, num_tokens: int) -> list[torch.Tensor]:
     """None, one tensor, or a pair of tensors [T, H] of x's dtype."""
-    given = [] if bias is None else list(bias) if isinstance(bias, (tuple, list)) else [bias]
+    if bias is None:
+        return []
+    given = list(bias) if isinstance(bias, (tuple, list)) else [bias]
     if len(given) > 2:
         raise ConfigError(f"{operation}: bias is a tuple of {len(given)}; expected None, one tensor, or two")
     shape = [num_tokens, rows.shape[1]]

@@ -8,10 +8,12 @@ import torch
 
 from . import checks, fp8
 from .config import Config
-from .engines.portable import DispatchRequest, PortableEngine
+from .engines.calls import Call
+from .engines.portable import DispatchRequest
 from .errors import ConfigError
 from .handles import Handle
 from .layout import check_topk_range
+from .topology import Topology
 
 #: Arguments of a dispatch that a handle takes the place of.
 _EXCLUDED = ("topk_idx", "topk_weights", "num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert")
@@ -19,7 +21,7 @@ _INT32, _FLOAT32, _BOOL = (torch.int32,), (torch.float32,), (torch.bool,)
 
 
 def cached_request(
-    engine: PortableEngine,
+    call: Call,
     rows: torch.Tensor,
     scales: torch.Tensor | None,
     scale_format: fp8.ScaleFormat | None,
@@ -27,7 +29,6 @@ def cached_request(
     given: tuple[torch.Tensor | None, ...],
     num_worst_tokens: int,
     config: Config,
-    on_device: bool,
 ) -> DispatchRequest:
     """A dispatch that repeats the routing of ``handle``; ``given`` are the arguments `_EXCLUDED` by one."""
     for value in given:
@@ -38,7 +39,7 @@ def cached_request(
             f"dispatch: {', '.join(extra)} given together with handle; a handle fixes the routing, so leave the layout "
             "and top-k arguments out, or leave the handle out to route anew"
         )
-    route = engine.route(handle, "dispatch", rows)
+    route = call.route(handle, rows)
     if rows.shape[0] != route.num_tokens:
         raise ConfigError(
             f"dispatch: x has {rows.shape[0]} tokens but the handle's dispatch had {route.num_tokens}; pass the handle "
@@ -49,11 +50,13 @@ def cached_request(
             f"dispatch: num_worst_tokens is {num_worst_tokens} but the handle was made with {route.num_rows} rows"
         )
     sms, none = config.num_sms, None
-    return DispatchRequest(rows, scales, handle[0], route, none, none, none, 0, 1, sms, none, scale_format, on_device)
+    return DispatchRequest(
+        rows, scales, handle[0], route, none, none, none, 0, 1, sms, none, scale_format, call.on_device
+    )
 
 
 def fresh_request(
-    engine: PortableEngine,
+    call: Call,
     rows: torch.Tensor,
     scales: torch.Tensor | None,
     scale_format: fp8.ScaleFormat | None,
@@ -61,7 +64,6 @@ def fresh_request(
     topk: tuple[torch.Tensor | None, torch.Tensor | None],
     num_worst_tokens: int,
     config: Config,
-    on_device: bool,
 ) -> DispatchRequest:
     """A dispatch that routes anew.
 
@@ -69,46 +71,22 @@ def fresh_request(
         layout: num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert.
         topk: topk_idx, topk_weights.
     """
-    operation, device, topology = "dispatch", rows.device, engine.topology
-    per_rank, per_node, in_rank, per_expert = layout
-    if per_rank is None or in_rank is None or per_expert is None:
-        raise ConfigError(
-            "dispatch: without a handle, num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert are needed; "
-            "get them from get_dispatch_layout(topk_idx, num_experts)"
-        )
-    num_tokens, num_ranks = rows.shape[0], topology.num_ranks
-    if not _is_plain_layout(per_rank, in_rank, per_expert, num_tokens, num_ranks, device):
-        check = checks.check_tensor
-        shape = (num_tokens, num_ranks)
-        in_rank = check(in_rank, "is_token_in_rank", operation, dim=2, dtypes=_BOOL, shape=shape, device=device)
-        shape1 = (num_ranks,)
-        per_rank = check(per_rank, "num_tokens_per_rank", operation, dim=1, dtypes=_INT32, shape=shape1, device=device)
-        per_expert = check(per_expert, "num_tokens_per_expert", operation, dim=1, dtypes=_INT32, device=device)
-    if per_expert.shape[0] == 0:
-        raise ConfigError("dispatch: num_tokens_per_expert is empty; expected one count for each expert")
-    if per_node is not None:
-        nodes = (topology.num_nodes,)
-        checks.check_tensor(
-            per_node, "num_tokens_per_rdma_rank", operation, dim=1, dtypes=_INT32, shape=nodes, device=device
-        )
-    sent = per_rank if on_device else in_rank.sum(0, dtype=torch.int32)
-    if not on_device and not torch.equal(sent, per_rank):
-        raise ConfigError(
-            f"dispatch: num_tokens_per_rank is {per_rank.tolist()} but is_token_in_rank counts {sent.tolist()}; pass "
-            "both from the same get_dispatch_layout"
-        )
-    topk_idx, topk_weights = topk
-    if (topk_idx is None) != (topk_weights is None):
-        raise ConfigError("dispatch: topk_idx and topk_weights are given both or neither; one is missing")
-    if num_worst_tokens and topk_idx is None:
+    topology, on_device = call.engine.topology, call.on_device
+    if num_worst_tokens and topk[0] is None:
         raise ConfigError("dispatch: num_worst_tokens needs topk_idx and topk_weights, which tell padding rows apart")
-    if topk_idx is not None:
-        topk_idx = checks.check_topk_idx(topk_idx, operation, num_tokens, device)
-        shape = (num_tokens, topk_idx.shape[1])
-        topk_weights = checks.check_tensor(
-            topk_weights, "topk_weights", operation, dim=2, dtypes=_FLOAT32, shape=shape, device=device
-        )
-        if not on_device:
+    routing: tuple[Any, ...] = (layout[0], layout[2], layout[3], *topk)
+    if layout[1] is not None or not _are_plain(rows, topology.num_ranks, *routing):
+        routing = _checked_routing(rows, topology, layout, topk)
+    per_rank, in_rank, per_expert, topk_idx, topk_weights = routing
+    if not on_device:
+        sent = in_rank.sum(0, dtype=torch.int32)
+        if not torch.equal(sent, per_rank):
+            raise ConfigError(
+                f"dispatch: num_tokens_per_rank is {per_rank.tolist()} but is_token_in_rank counts {sent.tolist()}; "
+                "pass both from the same get_dispatch_layout"
+            )
+        per_rank = sent
+        if topk_idx is not None:
             check_topk_range(topk_idx, per_expert.shape[0])
     return DispatchRequest(
         rows,
@@ -127,29 +105,85 @@ def fresh_request(
     )
 
 
-def _is_plain_layout(
-    per_rank: torch.Tensor,
-    in_rank: torch.Tensor,
-    per_expert: torch.Tensor,
-    num_tokens: int,
+def _are_plain(
+    rows: torch.Tensor,
     num_ranks: int,
-    device: torch.device,
+    per_rank: Any,
+    in_rank: Any,
+    per_expert: Any,
+    topk_idx: Any,
+    topk_weights: Any,
 ) -> bool:
-    """Whether these are as `get_dispatch_layout` returns them; whatever else they are is checked, and named, slowly."""
+    """Whether these are as most callers pass them: the results of `get_dispatch_layout`, and contiguous top-k.
+
+    A short cut: `_checked_routing` says what is wrong with others, if anything.
+    """
+    device, num_tokens = rows.device, rows.shape[0]
     try:
+        if topk_idx is not None or topk_weights is not None:
+            tokens, num_topk = shape = topk_idx.shape
+            if not (
+                tokens == num_tokens
+                and num_topk > 0
+                and topk_weights.shape == shape
+                and topk_idx.dtype in checks.TOPK_IDX_DTYPES
+                and topk_weights.dtype is torch.float32
+                and topk_idx.device == device == topk_weights.device
+                and topk_idx.is_contiguous()
+                and topk_weights.is_contiguous()
+            ):
+                return False
+        (num_experts,) = per_expert.shape
         return (
-            in_rank.dtype is torch.bool
+            num_experts > 0
+            and in_rank.dtype is torch.bool
             and in_rank.shape == (num_tokens, num_ranks)
             and in_rank.device == device == per_rank.device == per_expert.device
             and in_rank.is_contiguous()
             and per_rank.dtype is torch.int32 is per_expert.dtype
             and per_rank.shape == (num_ranks,)
-            and per_expert.dim() == 1
             and per_rank.is_contiguous()
             and per_expert.is_contiguous()
         )
-    except AttributeError:
+    except (AttributeError, TypeError, ValueError):  # no tensors, or of other dimensions
         return False
+
+
+def _checked_routing(
+    rows: torch.Tensor,
+    topology: Topology,
+    layout: tuple[torch.Tensor | None, ...],
+    topk: tuple[torch.Tensor | None, torch.Tensor | None],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx and topk_weights, contiguous."""
+    operation, check, device = "dispatch", checks.check_tensor, rows.device
+    per_rank, per_node, in_rank, per_expert = layout
+    if per_rank is None or in_rank is None or per_expert is None:
+        raise ConfigError(
+            "dispatch: without a handle, num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert are needed; "
+            "get them from get_dispatch_layout(topk_idx, num_experts)"
+        )
+    num_tokens, num_ranks = rows.shape[0], topology.num_ranks
+    shape: tuple[int, ...] = (num_tokens, num_ranks)
+    in_rank = check(in_rank, "is_token_in_rank", operation, dim=2, dtypes=_BOOL, shape=shape, device=device)
+    shape = (num_ranks,)
+    per_rank = check(per_rank, "num_tokens_per_rank", operation, dim=1, dtypes=_INT32, shape=shape, device=device)
+    per_expert = check(per_expert, "num_tokens_per_expert", operation, dim=1, dtypes=_INT32, device=device)
+    if per_expert.shape[0] == 0:
+        raise ConfigError("dispatch: num_tokens_per_expert is empty; expected one count for each expert")
+    if per_node is not None:
+        shape = (topology.num_nodes,)
+        check(per_node, "num_tokens_per_rdma_rank", operation, dim=1, dtypes=_INT32, shape=shape, device=device)
+    topk_idx, topk_weights = topk
+    if (topk_idx is None) != (topk_weights is None):
+        raise ConfigError("dispatch: topk_idx and topk_weights are given both or neither; one is missing")
+    if topk_idx is not None:
+        topk_idx = checks.check_topk_idx(topk_idx, operation, num_tokens, device)
+        shape = (num_tokens, topk_idx.shape[1])
+        topk_weights = check(
+            topk_weights, "topk_weights", operation, dim=2, dtypes=_FLOAT32, shape=shape, device=device
+        )
+    return per_rank, in_rank, per_expert, topk_idx, topk_weights
 
 
 def scale_format_of(operation: str, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> fp8.ScaleFormat | None:

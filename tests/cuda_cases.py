@@ -14,7 +14,9 @@ from harness import RankContext, environ, expect_bits
 
 from deep_ep import Buffer, Config
 from deep_ep.engines.cuda import CudaKernels
+from deep_ep.engines.outputs import RowPlan
 from deep_ep.errors import DeepEPError
+from deep_ep.traffic import TrafficStats
 
 NUM_EXPERTS, NUM_TOPK = 10, 3
 LONG_SLEEP = 2_000_000_000  # cycles, about a second
@@ -150,6 +152,8 @@ def make_bare_kernels() -> CudaKernels:
     kernels.device, kernels._plans, kernels.launches = torch.device("cuda", 0), {}, {}
     kernels._stream, kernels._capturing, kernels._launched, kernels._failure = 0, False, False, None
     kernels._missing, kernels._push, kernels._push_number, kernels._num_sms = 0, None, 0, 132
+    kernels._domain = SimpleNamespace(dispatch_plan=lambda *_: None)
+    kernels._combines, kernels.traffic = RowPlan((), "combine"), TrafficStats()
     return kernels
 
 

@@ -33,7 +33,7 @@ from test_threads_and_lifetime import run_many_buffers, run_side_by_side, run_th
 import deep_ep
 from deep_ep import Buffer, Config
 from deep_ep.engines import cuda_engine
-from deep_ep.engines.cuda import MAX_PEERS, DeviceRows
+from deep_ep.engines.cuda import MAX_PEERS
 from deep_ep.engines.failures import failure, never_ran, overflowed, refusal
 from deep_ep.errors import (
     BufferOverflow,
@@ -122,32 +122,34 @@ def test_what_is_served(bare_kernels):
 def test_signatures_differ_where_operations_do(bare_kernels):
     x, scales, idx = torch.zeros(4, 64), torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int64)
 
-    def sign(rows, topk, *parts, **kwargs) -> int:
-        return bare_kernels._plan(DeviceRows(rows, **kwargs), topk).signature(*parts)
+    def sign(rows, *parts, **kwargs) -> int:
+        return bare_kernels._plan(rows, **kwargs).signature(*parts)
 
     seen = [
-        sign(x, None, "dispatch", 8, 10),
-        sign(x, None, "cached dispatch", 8, 10),
-        sign(x, None, "cached dispatch"),
-        sign(x.bfloat16(), None, "dispatch", 8, 10),
-        sign(x[:, :32], None, "dispatch", 8, 10),
-        sign(x, None, "dispatch", 8, 10, scales=scales),
-        sign(x, None, "dispatch", 8, 10, scales=scales[:, :1]),
-        sign(x, None, "dispatch", 8, 10, scales=scales.int()),
-        sign(x, None, "dispatch", 8, 10, scale_format="fp32"),
-        sign(x, None, "dispatch", 8, 10, scale_format="pow2"),
-        sign(x, None, "dispatch", 8, 10, scale_format="ue8m0"),
-        sign(x, (idx, x), "dispatch", 8, 10),
-        sign(x, (idx[:, :1], x), "dispatch", 8, 10),
-        sign(x, (idx.int(), x), "dispatch", 8, 10),
-        sign(x, None, "dispatch", 9, 10),
-        sign(x, None, "dispatch", 8, 11),
-        sign(x, None, "combine", 0),
-        sign(x, None, "combine", 3),
+        sign(x, "dispatch", 8, 10),
+        sign(x, "cached dispatch", 8, 10),
+        sign(x, "cached dispatch"),
+        sign(x.bfloat16(), "dispatch", 8, 10),
+        sign(x[:, :32], "dispatch", 8, 10),
+        sign(x, "dispatch", 8, 10, scales=scales),
+        sign(x, "dispatch", 8, 10, scales=scales[:, :1]),
+        sign(x, "dispatch", 8, 10, scales=scales.int()),
+        sign(x, "dispatch", 8, 10, scale_format="fp32"),
+        sign(x, "dispatch", 8, 10, scale_format="pow2"),
+        sign(x, "dispatch", 8, 10, scale_format="ue8m0"),
+        sign(x, "dispatch", 8, 10, topk_idx=idx),
+        sign(x, "dispatch", 8, 10, topk_idx=idx[:, :1]),
+        sign(x, "dispatch", 8, 10, topk_idx=idx.int()),
+        sign(x, "dispatch", 9, 10),
+        sign(x, "dispatch", 8, 11),
+        bare_kernels._combines.signature(x.dtype, 64, 0),
+        bare_kernels._combines.signature(x.dtype, 64, 3),
+        bare_kernels._combines.signature(x.dtype, 32, 0),
+        bare_kernels._combines.signature(torch.bfloat16, 64, 0),
     ]
     assert len(set(seen)) == len(seen)
     assert all(0 <= number < (1 << 64) - 1 for number in seen)  # the last one means a refusal
-    assert sign(x[:0], None, "dispatch", 8, 10) == seen[0]  # ranks may have different numbers of tokens
+    assert sign(x[:0], "dispatch", 8, 10) == seen[0]  # ranks may have different numbers of tokens
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,7 @@ import deep_ep
 from deep_ep import Buffer, Config
 from deep_ep.engines import cuda
 from deep_ep.engines.combine_inputs import counts_of
-from deep_ep.engines.cuda import DeviceRows
-from deep_ep.engines.outputs import Field, Landing, TensorMaker
+from deep_ep.engines.outputs import Field, Landing, RowPlan, template
 from deep_ep.errors import PoolExhausted
 
 USAGE_KEYS = {
@@ -59,9 +58,9 @@ def bare_kernels():
 
 def test_plans_say_where_fields_lie(bare_kernels):
     x = torch.zeros(4, 256, dtype=torch.bfloat16)
-    topk = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3)
-    plan = bare_kernels._plan(DeviceRows(x), topk)
-    assert bare_kernels._plan(DeviceRows(x[:1]), (topk[0][:1], topk[1][:1])) is plan
+    topk_idx = torch.zeros(4, 3, dtype=torch.int64)
+    plan = bare_kernels._plan(x, topk_idx=topk_idx)
+    assert bare_kernels._plan(x[:1], topk_idx=topk_idx[:1]) is plan
     assert [field.name for field in plan.fields] == ["rows", "topk_idx", "topk_weights"]
     assert plan.row_bytes == 512 + 24 + 12
     assert plan.starts(5) == ([0, 2560, 2688], 2816)
@@ -69,11 +68,11 @@ def test_plans_say_where_fields_lie(bare_kernels):
     assert (plan.num_bytes(5, with_src_idx=False), plan.num_bytes(5, with_src_idx=True)) == (2816, 2944)
     assert plan.offsets(4096, [0, 2560, 2688]) == (4096, -1, 4096 + 2560, 4096 + 2688)
     assert plan.named("abc") == (None, "b", "c")
-    quantised = bare_kernels._plan(DeviceRows(torch.zeros(4, 640), scale_format="ue8m0"), None)
+    quantised = bare_kernels._plan(torch.zeros(4, 640), scale_format="ue8m0")
     assert quantised.fields == (Field.of("rows", torch.float8_e4m3fn, 640), Field.of("scales", torch.int32, 2))
     assert quantised.offsets(128, quantised.starts(1)[0]) == (128, 128 + 640, -1, -1)
     assert quantised.named("ab") == ("b", None, None)
-    scaled = bare_kernels._plan(DeviceRows(torch.zeros(4, 64).char(), torch.zeros(4, 3)), topk)
+    scaled = bare_kernels._plan(torch.zeros(4, 64).char(), torch.zeros(4, 3), topk_idx=topk_idx)
     for capacity in (1, 2, 3, 63, 64, 1000):
         starts, total = scaled.starts(capacity)
         ends = [start + capacity * field.row_bytes for start, field in zip(starts, scaled.fields, strict=True)]
@@ -83,7 +82,7 @@ def test_plans_say_where_fields_lie(bare_kernels):
 
 def test_where_rows_land(bare_kernels):
     kernels, memory = bare_kernels, bare_kernels.memory
-    plan = kernels._plan(DeviceRows(torch.zeros(4, 256, dtype=torch.bfloat16)), None)
+    plan = kernels._plan(torch.zeros(4, 256, dtype=torch.bfloat16))
 
     def land(capacity: int, with_src_idx: bool = True, may_stage: bool = True) -> Landing | None:
         return kernels._land(plan, capacity, with_src_idx=with_src_idx, may_stage=may_stage)
@@ -112,7 +111,12 @@ def test_where_rows_land(bare_kernels):
 
 
 def test_tensors_of_one_block_know_nothing_of_each_other():
-    make, storage = TensorMaker(torch.device("cpu")), torch.UntypedStorage(4096)
+    storage = torch.UntypedStorage(4096)
+
+    def make(storage, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        strides = (shape[1], 1) if len(shape) == 2 else (1,)
+        return template(dtype, torch.device("cpu")).data.set_(storage, start // dtype.itemsize, shape, strides)
+
     rows = make(storage, 0, torch.float32, (4, 8))
     weights = make(storage, 128, torch.float32, (8,))
     idx = make(storage, 256, torch.int64, (2, 3))
@@ -143,6 +147,38 @@ def test_tensors_of_one_block_know_nothing_of_each_other():
     assert make(storage, 640, torch.int32, (0,)).shape == (0,)
     del storage, rows
     assert weights.eq(3).all()  # a part keeps the block
+
+
+def test_tensors_of_a_block_are_cut_to_what_came():
+    fields = [
+        Field.of("rows", torch.uint8, 48),
+        Field.of("topk_idx", torch.int64, 3),
+        Field.of("scales", torch.int32, 1),
+    ]
+    plan, block = RowPlan(fields, "", torch.device("cpu")), torch.UntypedStorage(1 << 14)
+    for capacity in (10, 10, 7):
+        starts, total = plan.starts(capacity)
+        tensors = plan.tensors(block, capacity)
+        for num_rows in (capacity, 5, 1, 0):
+            plan.cut(tensors, num_rows)
+            for tensor, field, start in zip(tensors, fields, starts, strict=True):
+                assert tensor.shape == (num_rows, field.width) and tensor.dtype == field.dtype
+                assert tensor.is_contiguous() and tensor.storage_offset() * tensor.itemsize == start
+                assert tensor.untyped_storage().data_ptr() == block.data_ptr() and not tensor._is_view()
+        assert block.nbytes() == 1 << 14 and total <= 1 << 14
+    assert (plan.payload_bytes, plan.dtype_name) == (52, "uint8")
+
+
+def test_templates_made_in_inference_serve_training():
+    with torch.inference_mode():
+        empty = template(torch.float32, torch.device("cpu"))
+        in_inference = empty.data.set_(torch.UntypedStorage(64), 0, (4, 2), (2, 1))
+        in_inference.resize_(2, 2)
+    factor = torch.ones(2, 2, requires_grad=True)
+    for rows in (in_inference, empty.data.set_(torch.UntypedStorage(64), 0, (2, 2), (2, 1))):
+        assert not rows.is_inference()
+        (factor * rows.fill_(3)).sum().backward()  # saves the rows
+    assert factor.grad.eq(6).all() and empty.numel() == 0
 
 
 def test_what_copy_engines_bring(bare_kernels):

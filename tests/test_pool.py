@@ -396,22 +396,3 @@ def test_arenas_on_both_kinds_of_memory():
     assert arena.take(LARGEST_PART + 1) is None
     memory._blocks._pool = None
     assert current_stream_of(CPU)() == 0
-
-
-def test_words_of_an_arena_share_a_tensor():
-    arena = Arena.ordinary(CPU)
-    words, first = arena.take_words(10, 0, False)
-    again, second = arena.take_words(7, 0, False)
-    assert words is again and words.dtype == torch.int32 and second >= first + 10
-    a, b = words.as_strided((5, 2), (2, 1), first), words.as_strided((7,), (1,), second)
-    a.fill_(1)
-    b.fill_(2)
-    assert a.eq(1).all() and b.eq(2).all()
-    storage, start = arena.take(16, 0, False)
-    assert storage.data_ptr() == words.data_ptr() and start >= 4 * (second + 7), "both ways cut from one slab"
-    large, start = arena.take_words(LARGEST_PART, 0, False)
-    assert large.untyped_storage().data_ptr() != storage.data_ptr() and large.numel() >= LARGEST_PART and start == 0
-    captured, start = arena.take_words(3, 0, True)
-    assert captured.untyped_storage().nbytes() < SLAB_BYTES and start == 0
-    back, _ = arena.take_words(3, 0, False)
-    assert back.data_ptr() == words.data_ptr()

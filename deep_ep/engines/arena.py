@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,10 +20,6 @@ _MAX_STREAMS = 4
 
 #: Bytes, handle of the current stream, whether it is captured -> storage, or None when there is no room.
 Source = Callable[[int, int, bool], torch.UntypedStorage | None]
-
-
-def _set_flat(words: Any, storage: torch.UntypedStorage) -> None:
-    words.set_(storage, 0, (storage.nbytes() // 4,))  # contiguous; the type stubs lack this form
 
 
 class Arena:
@@ -43,8 +39,6 @@ class Arena:
         self._stream = current_stream_of(device)
         self._slabs: dict[int, torch.UntypedStorage] = {}
         self._used: dict[int, int] = {}
-        self._device = device
-        self._words: tuple[torch.UntypedStorage, torch.Tensor] | None = None
 
     @classmethod
     def ordinary(cls, device: torch.device) -> Arena:
@@ -99,31 +93,11 @@ class Arena:
         self._used[stream] = start + -(-num_bytes // ALIGNMENT) * ALIGNMENT
         return self._slabs[stream], start
 
-    def take_words(
-        self, num_words: int, stream: int | None = None, capturing: bool | None = None
-    ) -> tuple[torch.Tensor, int] | None:
-        """`take` for int32 tensors that nobody changes in place.
-
-        Returns:
-            a flat tensor over the storage, and the index in it where ``num_words`` words start. Its views cost half of
-            what tensors of their own do, but autograd takes all of them for changed when one is.
-        """
-        part = self.take(4 * num_words, stream, capturing)
-        if part is None:
-            return None
-        storage, start = part
-        if self._words is None or self._words[0] is not storage:
-            words = torch.empty(0, dtype=torch.int32, device=self._device)
-            _set_flat(words, storage)
-            self._words = storage, words
-        return self._words[1], start // 4
-
     def _apart(self, num_bytes: int, stream: int, capturing: bool) -> tuple[torch.UntypedStorage, int] | None:
         storage = self._source(max(num_bytes, 1), stream, capturing)
         return None if storage is None else (storage, 0)
 
     def clear(self) -> None:
         """Let go of the slabs; the parts taken stay valid."""
-        self._words = None
         self._slabs.clear()
         self._used.clear()

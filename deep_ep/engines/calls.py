@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import DeepEPError
 from ..event import EventHandle, EventOverlap, wait_previous
+from ..handles import Handle
 
 if TYPE_CHECKING:
     from .portable import PortableEngine
@@ -72,6 +73,14 @@ class Call:
     def start(self) -> None:
         """The arguments are good."""
         self.started = True
+
+    def route(self, handle: Handle, rows: torch.Tensor) -> Any:
+        """Read a handle, for this operation on ``rows``.
+
+        Raises:
+            ConfigError: the handle is not one of this group, or does not go with the rows.
+        """
+        return self.engine.route(handle, self.operation, rows)
 
     def keep(self, outputs: object) -> None:
         """Name the tensors that the caller gets, so that their memory is not reused too early."""

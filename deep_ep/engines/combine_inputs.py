@@ -6,38 +6,18 @@ where the host knows how many go where, or copied into the pool, on the SMs of t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..errors import PoolExhausted
+from .kernel_state import KernelState
 from .outputs import aligned
-from .peer_memory import PeerMemory
 
 #: Name of the rows from each rank to each, which an uncached dispatch leaves on the first tensor of its handle.
 COUNTS = "_deep_ep_send_counts"
 
 
-class CombineInputs:
+class CombineInputs(KernelState):
     """A part of `CudaKernels`."""
-
-    memory: PeerMemory
-    rank: int
-    num_ranks: int
-    _push: Any
-    _stream: int
-    _capturing: bool
-    _launched: bool
-    _missing: int
-    launches: dict[str, int]
-
-    def note_missing(self, num_bytes: int) -> None:
-        """The pool could not give these; the next call that can grows it."""
-        self._missing = max(self._missing, num_bytes)
-
-    def _count(self, kernel: str) -> None:
-        self._launched = True
-        self.launches[kernel] = self.launches.get(kernel, 0) + 1
 
     def _no_room(self, operation: str, name: str, tensor: torch.Tensor) -> PoolExhausted:
         return PoolExhausted(

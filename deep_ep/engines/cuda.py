@@ -12,52 +12,43 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
-from .. import fp8
 from .._native import _C, ELEMENT_TYPES
-from ..errors import ConfigError, DeepEPError, PoolExhausted
+from ..errors import ConfigError, DeepEPError
 from ..handles import Handle
+from ..traffic import TrafficStats
 from .arena import Arena
 from .combine_inputs import COUNTS, CombineInputs, counts_of
+from .dispatch_outputs import DispatchOutputs
 from .failures import failure, never_ran, overflowed, refusal
-from .outputs import SRC_IDX, Field, Landing, RowPlan, TensorMaker, aligned
+from .outputs import Landing, RowPlan, aligned, template
 from .peer_memory import PeerMemory
-from .portable import DispatchResult
+from .portable import DispatchRequest, DispatchResult
 from .watch import open_domain
 
 _MAX_TOPK_LAYOUT_EXPERTS = 4096
 #: Ranks, experts of a rank and channels that the control block has room for (csrc/layout/control_block.h).
 MAX_PEERS, MAX_LOCAL_EXPERTS, MAX_CHANNELS = 32, 1024, 128
 _UNIT = (1,)
-_NO_PLACE = (torch.UntypedStorage(0), 0)
-_COUNTS_FAILED, _COUNTS_REFUSED = 0, 2
-_FORMATS: dict[fp8.ScaleFormat, int] = {"fp32": 0, "pow2": 1, "ue8m0": 2}
+_NO_STRIDES = (0, 0)
 #: Buffers of this process by device: the SMs that waiting blocks may take are shared between them.
 _num_buffers: collections.Counter[torch.device] = collections.Counter()
 
 
-@dataclass(slots=True)
-class DeviceRows:
-    """What a dispatch sends. ``scale_format``: the rows are quantised on the way; ``scales`` is None then."""
-
-    rows: torch.Tensor
-    scales: torch.Tensor | None = None
-    scale_format: fp8.ScaleFormat | None = None
-
-
-class CudaKernels(CombineInputs):
+class CudaKernels(DispatchOutputs, CombineInputs):
     """Launches the kernels of one buffer. Between `begin` and `end`, by one thread at a time.
 
     Args:
         memory: the peers' memory; its control block belongs to this object.
         timeout_s: deadline of every wait on the device.
+        traffic: what is moved is counted there.
     """
 
-    def __init__(self, memory: PeerMemory, timeout_s: float) -> None:
-        self.memory = memory
+    def __init__(self, memory: PeerMemory, timeout_s: float, traffic: TrafficStats) -> None:
+        self.memory, self.traffic = memory, traffic
         self.device = memory.device
         self.rank, self.num_ranks = memory.rank, memory.num_ranks
         self.timeout_s = timeout_s
@@ -73,12 +64,12 @@ class CudaKernels(CombineInputs):
         self._num_sms: int = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._comm_stream: torch.cuda.Stream | None = None
         self._plans: dict[object, RowPlan] = {}
-        self._tensor = TensorMaker(self.device)
+        self._combines = RowPlan((), "combine")
+        self._int32, self._bool = template(torch.int32, self.device), template(torch.bool, self.device)
         self._small, self._sources = Arena.ordinary(self.device), Arena.symmetric(memory)
         self._guess = 0
         self._staging_refused = 0
-        self._missing = 0  # bytes that the pool could not give
-        self._is_full = False  # whether it cannot grow, the same on all ranks
+        self._missing, self._is_full = 0, False
         self._failure: DeepEPError | None = None
         self._stream, self._capturing, self._launched = 0, False, False
         self.launches: dict[str, int] = {}
@@ -93,13 +84,16 @@ class CudaKernels(CombineInputs):
         Raises:
             ConfigError: rows on another GPU than the buffer's.
         """
-        if not isinstance(rows, torch.Tensor) or not rows.is_cuda or rows.dim() != 2:
+        if not isinstance(rows, torch.Tensor) or not rows.is_cuda:
+            return False
+        shape = rows.shape
+        if len(shape) != 2:
             return False
         if rows.device != self.device:
             raise ConfigError(
                 f"x is on {rows.device} but this buffer is on {self.device}; move x, or construct a buffer there"
             )
-        row_bytes = rows.shape[1] * (1 if use_fp8 else rows.element_size())
+        row_bytes = shape[1] * (1 if use_fp8 else rows.element_size())
         return row_bytes > 0 and row_bytes % 16 == 0
 
     def serves_layout(self, topk_idx: torch.Tensor, num_experts: int) -> bool:
@@ -157,47 +151,42 @@ class CudaKernels(CombineInputs):
         """int32 [R], int32 [E], bool [T, R]: tokens per rank and per expert, and where each goes."""
         num_tokens, num_topk = topk_idx.shape
         num_ranks = self.num_ranks
-        words, first = self._words(num_ranks + num_experts)
-        per_rank = words.as_strided((num_ranks,), _UNIT, first)
-        per_expert = words.as_strided((num_experts,), _UNIT, first + num_ranks)
-        storage, start = self._bytes(num_tokens * num_ranks)
-        in_rank = self._tensor(storage, start, torch.bool, (num_tokens, num_ranks))
+        flags_at = aligned(4 * (num_ranks + num_experts))
+        storage, start = self._bytes(flags_at + num_tokens * num_ranks)
+        base = storage.data_ptr() + start
         self._count("dispatch_layout")
-        base = words.data_ptr() + 4 * first
         self._domain.dispatch_layout(
             topk_idx.data_ptr(),
-            topk_idx.dtype == torch.int64,
+            topk_idx.dtype is torch.int64,
             num_tokens,
             num_topk,
             num_experts,
             base,
             base + 4 * num_ranks,
-            storage.data_ptr() + start,
+            base + flags_at,
             self._stream,
         )
-        return per_rank, per_expert, in_rank
+        int32, first = self._int32, start // 4
+        return (
+            int32.data.set_(storage, first, (num_ranks,), _UNIT),
+            int32.data.set_(storage, first + num_ranks, (num_experts,), _UNIT),
+            self._bool.data.set_(storage, start + flags_at, (num_tokens, num_ranks), (num_ranks, 1)),
+        )
 
     def dispatch(
-        self,
-        x: DeviceRows,
-        in_rank: torch.Tensor,
-        per_rank: torch.Tensor,
-        per_expert: torch.Tensor,
-        topk: tuple[torch.Tensor, torch.Tensor] | None,
-        num_worst_tokens: int,
-        num_channels: int,
-        num_sms: int,
+        self, request: DispatchRequest, per_rank: torch.Tensor, per_expert: torch.Tensor, num_sms: int
     ) -> DispatchResult:
         """Route anew: exchange counts, write the handle, place the rows."""
-        num_experts = per_expert.shape[0]
+        rows, in_rank, num_worst_tokens = request.rows, request.in_rank, request.num_worst_tokens
+        num_tokens, num_ranks = in_rank.shape
+        num_experts, num_channels = per_expert.shape[0], request.num_channels
         self._check_limits(num_experts, num_channels)
-        num_tokens, num_ranks = x.rows.shape[0], self.num_ranks
         if not num_worst_tokens and self._capturing:
             raise ConfigError(
                 "dispatch: the number of received tokens is not known while a CUDA graph is captured; pass "
                 "num_worst_tokens, or a handle"
             )
-        plan = self._plan(x, topk)
+        plan, sms = self._plan(rows, request.scales, request.scale_format, request.topk_idx), self.blocks(num_sms)
         # Only here can the pool grow, so it does before staging is used, and also for calls that had to use staging.
         grows = not num_worst_tokens and not self._is_full
         landing = None
@@ -209,72 +198,79 @@ class CudaKernels(CombineInputs):
                 raise self._exhausted(plan, num_worst_tokens)
             # A capacity of 0 fits nowhere, so all ranks come to the point where they make room together.
             landing = Landing(0, (0, 0, 0, 0, 0, 0), [])
-        sms = self.blocks(num_sms)
         if num_worst_tokens:
             self._mark_unused(plan, landing, sms)
         # The handle's own tensors: prefix matrix [R, R], two channel matrices [R, C], heads [T, R].
         matrix, channels = num_ranks * num_ranks, num_ranks * num_channels
-        words, first = self._words(matrix + 2 * channels + num_tokens * num_ranks)
-        base = words.data_ptr() + 4 * first
         sent_at, received_at, heads_at = matrix, matrix + channels, matrix + 2 * channels
-        send_head = base + 4 * heads_at
+        storage, start = self._bytes(4 * (heads_at + num_tokens * num_ranks))
+        base = storage.data_ptr() + start
+        send_head, sent = base + 4 * heads_at, self._sent(request)
         signature = plan.signature("worst-case dispatch" if num_worst_tokens else "dispatch", num_experts, num_channels)
         self._count("dispatch_notify")
-        self._domain.dispatch_notify(
+        self._count("dispatch_rows" if request.scale_format is None else "dispatch_rows_fp8")
+        plan.native.route(
             signature,
             landing.offsets,
-            bool(num_worst_tokens),
-            num_tokens,
+            num_worst_tokens != 0,
             num_experts,
             num_channels,
-            per_rank.data_ptr(),
-            per_expert.data_ptr(),
-            in_rank.data_ptr(),
-            base,
-            base + 4 * sent_at,
-            base + 4 * received_at,
-            send_head,
+            (per_rank.data_ptr(), per_expert.data_ptr(), in_rank.data_ptr()),
+            (base, base + 4 * sent_at, base + 4 * received_at, send_head),
+            sent,
+            sms,
             self._stream,
         )
-        self._place(x, plan, topk, num_experts, send_head, landing, signature, sms, announce=False)
-        by_rank, by_channel = (num_ranks, 1), (num_channels, 1)
-        prefix = words.as_strided((num_ranks, num_ranks), by_rank, first)
-        sent_matrix = words.as_strided((num_ranks, num_channels), by_channel, first + sent_at)
-        received_matrix = words.as_strided((num_ranks, num_channels), by_channel, first + received_at)
-        head = words.as_strided((num_tokens, num_ranks), by_rank, first + heads_at)
+        # Whatever needs no counts is done while the device counts.
+        int32, first, by_rank, by_channel = self._int32, start // 4, (num_ranks, 1), (num_channels, 1)
+        prefix = int32.data.set_(storage, first, (num_ranks, num_ranks), by_rank)
+        sent_matrix = int32.data.set_(storage, first + sent_at, (num_ranks, num_channels), by_channel)
+        received_matrix = int32.data.set_(storage, first + received_at, (num_ranks, num_channels), by_channel)
+        head = int32.data.set_(storage, first + heads_at, (num_tokens, num_ranks), by_rank)
+        tensors = self._tensors(plan, landing)
         counts: list[int] = []
         num_rows = num_worst_tokens
         if not num_worst_tokens:
-            self._await_counts()
-            num_rows, fits, counts, sent, most, away = self._domain.counts(num_experts)
-            setattr(prefix, COUNTS, sent)
+            told = self._domain.await_counts(num_experts)
+            if isinstance(told, bool):
+                self._raise_no_counts(refused=told)
+            num_rows, fits, counts, sent_counts, most, away = told
+            setattr(prefix, COUNTS, sent_counts)
             if not fits:
                 # Some rank guessed too little: all ranks know, make room together, and place the rows once more.
                 landing = self._land_together(plan, num_rows, most)
-                again = plan.signature("dispatch again", num_experts, num_channels)
-                self._place(x, plan, topk, num_experts, send_head, landing, again, sms, announce=True)
-            # A little more than the last size, so that a size that varies does not place twice each time.
-            self._guess = num_rows + num_rows // 16 + 64
+                signature = plan.signature("dispatch again", num_experts, num_channels)
+                self._repeat(request, plan, num_experts, send_head, sent, landing, signature, sms)
+                tensors = self._tensors(plan, landing)
+            # A little more than the last size, so that a size that varies does not place twice each time; and a round
+            # number, so that the places in a block seldom change.
+            self._guess = (num_rows + num_rows // 16 + 64 + 127) // 128 * 128
             # Staging for rows like these in bf16: those of a dispatch that finds the pool full, and those of an
             # ordinary tensor that copy engines bring to a combine. All ranks see the same counts.
-            wanted = max(most, away) * (2 * x.rows.shape[1] + 256)
+            wanted = max(most, away) * (2 * rows.shape[1] + 256)
             if wanted > self.memory.staging_bytes and wanted > self._staging_refused:
                 self._reserve_staging(wanted)
-        tensors, src = self._cut(plan, landing, num_rows, sms, with_src_idx=True)
-        src_idx = self._tensor(src[0], src[1], torch.int32, (num_rows,))
+        if tensors is None:
+            tensors = self._unstage(plan, landing, num_rows, sms, with_src_idx=True)
+        src_idx = tensors.pop()
+        if src_idx.shape[0] != num_rows:
+            plan.cut(tensors, num_rows)
+            src_idx.resize_(num_rows)
+        self.traffic.add_dispatch(num_rows, plan.payload_bytes, plan.dtype_name)
         handle = (prefix, sent_matrix, received_matrix, src_idx, in_rank, head)
-        scales, idx, weights = plan.named(tensors)
-        return DispatchResult(tensors[0], scales, idx, weights, counts, handle)
+        return DispatchResult(tensors[0], *plan.named(tensors), counts, handle)
 
-    def dispatch_cached(self, x: DeviceRows, handle: Handle, num_sms: int) -> DispatchResult:
+    def dispatch_cached(self, request: DispatchRequest, handle: Handle, num_sms: int) -> DispatchResult:
         """Repeat the routing of a handle."""
-        plan, num_rows, sms = self._plan(x, None), handle[3].shape[0], self.blocks(num_sms)
+        plan = self._plan(request.rows, request.scales, request.scale_format)
+        num_rows, sms = handle[3].shape[0], self.blocks(num_sms)
         landing = self._land(plan, num_rows, with_src_idx=False)
         if landing is None:
             raise self._exhausted(plan, num_rows)
         signature = plan.signature("cached dispatch")
-        self._place(x, plan, None, 0, handle[5].data_ptr(), landing, signature, sms, announce=True)
-        tensors, _ = self._cut(plan, landing, num_rows, sms, with_src_idx=False)
+        self._repeat(request, plan, 0, handle[5].data_ptr(), self._sent(request), landing, signature, sms)
+        tensors = self._tensors(plan, landing) or self._unstage(plan, landing, num_rows, sms, with_src_idx=False)
+        self.traffic.add_dispatch(num_rows, plan.payload_bytes, plan.dtype_name)
         return DispatchResult(tensors[0], tensors[1] if len(tensors) > 1 else None)
 
     def combine(
@@ -313,17 +309,15 @@ class CudaKernels(CombineInputs):
             weight_offset = self._to_heap(weights, copies, kept)
             if weight_offset < 0:
                 weight_offset = self._behind_inbox(weights, num_tokens, row_bytes, copies)
-        out = torch.empty((num_tokens, hidden), dtype=rows.dtype, device=self.device)
-        out_weights = None
-        if weights is not None:
-            out_weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device=self.device)
+        out = rows.new_empty((num_tokens, hidden))
+        out_weights = None if weights is None else weights.new_empty((num_tokens, num_topk))
         if copies:
             self._copy(copies, sms)
         if sent is not None and self._push is not None:
             self._push.mark_ready(self._stream)
         self._count("combine_rows")
         self._domain.combine_rows(
-            self._plan(DeviceRows(rows), None).signature("combine", num_topk),
+            self._combines.signature(rows.dtype, hidden, num_topk),
             (rows.data_ptr(), row_offset),
             (0 if weights is None else weights.data_ptr(), weight_offset),
             number,
@@ -342,6 +336,7 @@ class CudaKernels(CombineInputs):
         )
         if sent is not None:
             self._push_rows(number, rows, sent)
+        self.traffic.add_combine(rows.shape[0], row_bytes)
         return out, out_weights
 
     def refuse(self, operation: str) -> None:
@@ -380,7 +375,7 @@ class CudaKernels(CombineInputs):
         if refused is not None:
             raise refusal(refused)
 
-    def raise_failure(self, operation: str) -> None:
+    def raise_failure(self, operation: str) -> NoReturn:
         """Raise the first failure that a kernel reported; the buffer is unusable until `recover`."""
         if self._failure is None:
             record = self._domain.error()
@@ -425,206 +420,41 @@ class CudaKernels(CombineInputs):
         self._order.close()
         self._domain.close()
 
-    # Memory.
+    # Parts of a dispatch.
 
-    def _plan(self, x: DeviceRows, topk: tuple[torch.Tensor, torch.Tensor] | None) -> RowPlan:
-        rows, scales = x.rows, x.scales
-        of_scales = None if scales is None else (scales.dtype, scales.shape[1])
-        of_topk = None if topk is None else (topk[0].dtype, topk[0].shape[1])
-        key = (rows.dtype, rows.shape[1], of_scales, x.scale_format, of_topk)
-        plan = self._plans.get(key)
-        if plan is None:
-            hidden = rows.shape[1]
-            fields = [Field.of("rows", torch.float8_e4m3fn if x.scale_format else rows.dtype, hidden)]
-            if x.scale_format is not None:
-                fields.append(Field.of("scales", *fp8.scale_columns(hidden, x.scale_format)))
-            elif of_scales is not None:
-                fields.append(Field.of("scales", *of_scales))
-            if of_topk is not None:
-                fields += [Field.of("topk_idx", *of_topk), Field.of("topk_weights", torch.float32, of_topk[1])]
-            plan = self._plans[key] = RowPlan(fields, repr(key))
-        return plan
-
-    def _bytes(self, num_bytes: int) -> tuple[torch.UntypedStorage, int]:
-        part = self._small.take(num_bytes, self._stream, self._capturing)
-        if part is None:  # ordinary memory: torch raises when there is none
-            raise PoolExhausted(f"no memory for {num_bytes} bytes of a handle")
-        return part
-
-    def _words(self, num_words: int) -> tuple[torch.Tensor, int]:
-        part = self._small.take_words(num_words, self._stream, self._capturing)
-        if part is None:
-            raise PoolExhausted(f"no memory for {4 * num_words} bytes of a handle")
-        return part
-
-    def _land(self, plan: RowPlan, capacity: int, *, with_src_idx: bool, may_stage: bool = True) -> Landing | None:
-        """Memory for ``capacity`` rows: of the pool, else staging memory, else None."""
-        starts, total = plan.starts(capacity)
-        if total == 0:
-            return Landing(0, (*(-1 if at < 0 else 0 for at in plan.offsets(0, starts)), 0, 0), starts)  # type: ignore[arg-type]
-        src: tuple[torch.UntypedStorage, int] | None = None
-        taken = self.memory.take(total, self._stream, self._capturing)
-        if taken is not None and with_src_idx:
-            src = self._sources.take(capacity * SRC_IDX.row_bytes, self._stream, self._capturing)
-            if src is None:
-                taken = None
-        if taken is not None:
-            block, base = taken
-            src_at = -1
-            if src is not None:
-                src_at = src[0].data_ptr() + src[1] - self.memory.bases[self.rank]
-            return Landing(capacity, (*plan.offsets(base, starts), src_at, capacity), starts, block, src)
-        num_bytes = plan.num_bytes(capacity, with_src_idx=with_src_idx)
-        self.note_missing(num_bytes)
-        if not may_stage or num_bytes > self.memory.staging_bytes:
-            return None
-        if self._capturing:
-            self.memory.lease_staging()
-        base = self.memory.staging_offset
-        src_at = base + total if with_src_idx else -1
-        return Landing(capacity, (*plan.offsets(base, starts), src_at, capacity), starts, staged_at=base)
-
-    def _land_together(self, plan: RowPlan, num_rows: int, most: int) -> Landing:
-        """Memory for the rows, which all ranks grow if any of them has too little. Collective.
-
-        Args:
-            most: rows of the rank that receives the most.
-
-        Raises:
-            PoolExhausted: on all ranks; some rank has no memory for its rows, not even in staging.
-        """
-        landing = self._land(plan, num_rows, with_src_idx=True, may_stage=False)
-        # Twice what is missing now: a pool that is full once will be again.
-        wish = 2 * self._missing + (32 << 20) if self._missing else 0
-        wish = max(self.memory.rendezvous("symmetric memory that is missing", wish))
-        if wish:
-            self._is_full = self.memory.grow(wish) == 0
-        self._missing = 0
-        landing = landing or self._land(plan, num_rows, with_src_idx=True)
-        if any(self.memory.rendezvous("room for the rows of a dispatch", landing is None)):
-            self.memory.reserve_staging(plan.num_bytes(most, with_src_idx=True))
-            landing = landing or self._land(plan, num_rows, with_src_idx=True)
-        if landing is None:
-            raise self._exhausted(plan, num_rows)
-        return landing
-
-    def _reserve_staging(self, wanted: int) -> None:
-        """Collective, with the same number on all ranks."""
-        try:
-            self.memory.reserve_staging(wanted + wanted // 8, within_limit=True)
-        except PoolExhausted:  # on all ranks alike; there are ways without staging
-            self._staging_refused = wanted
-
-    def _mark_unused(self, plan: RowPlan, landing: Landing, sms: int) -> None:
-        """Fill what tells rows apart from padding with -1, before peers write the rows that exist."""
-        base = self.memory.bases[self.rank]
-        fills = [(landing.offsets[4], SRC_IDX.row_bytes)]
-        fills += [(landing.offsets[2], field.row_bytes) for field in plan.fields if field.name == "topk_idx"]
-        if landing.capacity:
-            self._copy([(0, base + at, aligned(landing.capacity * row_bytes)) for at, row_bytes in fills], sms)
-
-    def _cut(
-        self, plan: RowPlan, landing: Landing, num_rows: int, sms: int, *, with_src_idx: bool
-    ) -> tuple[list[torch.Tensor], tuple[torch.UntypedStorage, int]]:
-        """The tensors of what has landed, in the plan's order, the first ``num_rows`` rows; and the place of src_idx.
-
-        What landed in staging memory is copied out of it.
-        """
-        block, starts, src = landing.block, landing.starts, landing.src
-        if landing.staged_at >= 0 and num_rows:
-            block, starts, src = self._unstage(plan, landing, num_rows, sms, with_src_idx)
-        if block is None:
-            tensors = [
-                torch.empty((num_rows, field.width), dtype=field.dtype, device=self.device) for field in plan.fields
-            ]
-        else:
-            make = self._tensor
-            tensors = [
-                make(block, start, field.dtype, (num_rows, field.width))
-                for field, start in zip(plan.fields, starts, strict=True)
-            ]
-        if src is None and with_src_idx:
-            src = self._bytes(4)
-        return tensors, src or _NO_PLACE
-
-    def _unstage(
-        self, plan: RowPlan, landing: Landing, num_rows: int, sms: int, with_src_idx: bool
-    ) -> tuple[torch.UntypedStorage, list[int], tuple[torch.UntypedStorage, int]]:
-        starts, total = plan.starts(num_rows)
-        src_bytes = aligned(num_rows * SRC_IDX.row_bytes) if with_src_idx else 0
-        block = torch.UntypedStorage(total, device=self.device)
-        src = self._bytes(max(src_bytes, 4))
-        staged, to = self.memory.bases[self.rank] + landing.staged_at, block.data_ptr()
-        copies = [
-            (staged + source, to + target, aligned(num_rows * field.row_bytes))
-            for field, source, target in zip(plan.fields, landing.starts, starts, strict=True)
-        ]
-        if with_src_idx:
-            copies.append((self.memory.bases[self.rank] + landing.offsets[4], src[0].data_ptr() + src[1], src_bytes))
-        self._copy(copies, sms)
-        return block, starts, src
-
-    def _exhausted(self, plan: RowPlan, num_rows: int) -> PoolExhausted:
-        return PoolExhausted(
-            f"dispatch: no room in symmetric memory for {num_rows} rows of {plan.row_bytes} bytes: "
-            f"{self.memory.usage()}. Drop received tensors earlier, or construct the buffer with a larger "
-            "num_nvl_bytes or max_pool_bytes"
+    def _sent(self, request: DispatchRequest) -> tuple[int, int, int, tuple[int, ...], int, int]:
+        """What `_C.DispatchPlan` sends."""
+        rows, scales, idx, weights = request.rows, request.scales, request.topk_idx, request.topk_weights
+        return (
+            rows.shape[0],
+            rows.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
+            _NO_STRIDES if scales is None else scales.stride(),
+            0 if idx is None else idx.data_ptr(),
+            0 if weights is None else weights.data_ptr(),
         )
 
-    # Launches.
-
-    def _await_counts(self) -> None:
-        outcome = self._domain.wait_counts()
-        if outcome == _COUNTS_FAILED:
-            self.raise_failure("dispatch")
-        if outcome == _COUNTS_REFUSED:
-            # The kernel behind the one that told it notes the refusal as well: it is taken when both have ended.
-            torch.cuda.current_stream(self.device).synchronize()
-            raise refusal(self._domain.take_refused() or 0)
-
-    def _place(
+    def _repeat(
         self,
-        x: DeviceRows,
+        request: DispatchRequest,
         plan: RowPlan,
-        topk: tuple[torch.Tensor, torch.Tensor] | None,
         num_experts: int,
         send_head: int,
+        sent: tuple[int, int, int, tuple[int, ...], int, int],
         landing: Landing,
         signature: int,
         sms: int,
-        *,
-        announce: bool,
     ) -> None:
-        rows, scales = x.rows, x.scales
-        idx, weights = topk if topk is not None else (None, None)
-        quantize = x.scale_format is not None
-        self._count("dispatch_rows_fp8" if quantize else "dispatch_rows")
-        self._domain.dispatch_rows(
-            signature,
-            announce,
-            landing.offsets,
-            rows.shape[0],
-            send_head,
-            rows.data_ptr(),
-            plan.fields[0].row_bytes,
-            0 if scales is None else scales.data_ptr(),
-            plan.fields[1].width if quantize or scales is not None else 0,
-            (0, 0) if scales is None else scales.stride(),
-            0 if idx is None else idx.data_ptr(),
-            idx is not None and idx.dtype == torch.int64,
-            0 if weights is None else weights.data_ptr(),
-            0 if idx is None else idx.shape[1],
-            num_experts,
-            ELEMENT_TYPES[rows.dtype] if quantize else -1,
-            0 if x.scale_format is None else _FORMATS[x.scale_format],
-            sms,
-            self._stream,
-        )
+        """Place rows by heads that are known."""
+        self._count("dispatch_rows" if request.scale_format is None else "dispatch_rows_fp8")
+        plan.native.repeat(signature, landing.offsets, num_experts, send_head, sent, sms, self._stream)
 
-    def _copy(self, copies: list[tuple[int, int, int]], sms: int) -> None:
-        """(from, to, bytes) within this rank's memory, on the SMs of the call; from 0: fill with -1."""
-        self._count("dispatch_combine_copy")
-        _C.copy_segments(copies, sms, self._stream)
+    def _raise_no_counts(self, *, refused: bool) -> NoReturn:
+        if not refused:
+            self.raise_failure("dispatch")
+        # The kernel behind the one that told it notes the refusal as well: it is taken when both have ended.
+        torch.cuda.current_stream(self.device).synchronize()
+        raise refusal(self._domain.take_refused() or 0)
 
     def _check_limits(self, num_experts: int, num_channels: int) -> None:
         local = -(-num_experts // self.num_ranks)

@@ -18,7 +18,7 @@ from ..handles import Handle, check_intranode_handle
 from ..layout import DispatchLayout
 from ..topology import Topology
 from .calls import Call, tensors_in
-from .cuda import MAX_PEERS, CudaKernels, DeviceRows
+from .cuda import MAX_PEERS, CudaKernels
 from .cuda_ll import LowLatencyKernels
 from .mesh import Members
 from .peer_memory import PeerMemory
@@ -31,12 +31,9 @@ ENGINES = ("auto", "cuda", "portable")
 MIN_POOL_BYTES = 256 << 20
 
 
-_dtype_names: dict[torch.dtype, str] = {}
-
-
-def _named(dtype: torch.dtype) -> str:
-    _dtype_names[dtype] = str(dtype).removeprefix("torch.")
-    return _dtype_names[dtype]
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """It, or a copy of it, on an address that bulk copies and vector loads take."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 @dataclass(slots=True)
@@ -56,20 +53,21 @@ class DeviceCall(Call):
     _begun = False
     _aside = False
     _outputs: object = None
+    _contexts: tuple[AbstractContextManager[Any], ...] = ()
 
     def _enter(self) -> None:
         kernels, previous = self.engine.kernels, self.previous_event
-        event = previous.event if isinstance(previous, EventOverlap) else previous
-        self._contexts: list[AbstractContextManager[Any]] = []
         if torch._C._cuda_getDevice() != kernels.device.index:  # the current device is that of the thread
             self._push(torch.cuda.device(kernels.device))
-        if self.async_finish or event is not None:
-            self._aside = True
-            self._current = torch.cuda.current_stream(kernels.device)
-            comm = kernels.comm_stream()
-            if event is None:
-                comm.wait_stream(self._current)
-            self._push(torch.cuda.stream(comm))
+        if self.async_finish or previous is not None:
+            event = previous.event if isinstance(previous, EventOverlap) else previous
+            if self.async_finish or event is not None:
+                self._aside = True
+                self._current = torch.cuda.current_stream(kernels.device)
+                comm = kernels.comm_stream()
+                if event is None:
+                    comm.wait_stream(self._current)
+                self._push(torch.cuda.stream(comm))
         kernels.begin()
         self._begun = True
         if previous is not None:
@@ -77,11 +75,11 @@ class DeviceCall(Call):
 
     def _push(self, context: AbstractContextManager[Any]) -> None:
         context.__enter__()
-        self._contexts.append(context)
+        self._contexts = (*self._contexts, context)
 
     def _leave(self) -> None:
-        super()._leave()
         if self._aside:
+            super()._leave()
             comm = self.engine.kernels.comm_stream()
             for tensor in tensors_in(self.inputs):
                 if tensor.is_cuda:
@@ -98,13 +96,23 @@ class DeviceCall(Call):
         try:
             if self._begun:
                 self.engine.kernels.end()
-            while self._contexts:
-                self._contexts.pop().__exit__(None, None, None)
+            for context in reversed(self._contexts):
+                context.__exit__(None, None, None)
             if self._aside and not self.async_finish:
                 # Without an event to wait for, what the caller enqueues next comes after the operation, failed or not.
                 self._current.wait_stream(self.engine.kernels.comm_stream())
         finally:
             super()._unwind()
+
+    def route(self, handle: Handle, rows: torch.Tensor) -> DeviceRoute:
+        engine = self.engine
+        if not engine.is_plain(handle, rows.device):
+            fields = check_intranode_handle(handle, engine.topology, self.operation)
+            raise ConfigError(
+                f"{self.operation}: the handle is on {fields['send_head'].device} but x is on {rows.device}; pass the "
+                "handle that a dispatch of tensors on that device returned"
+            )
+        return DeviceRoute(handle, handle[5].shape[0], handle[3].shape[0])
 
     def keep(self, outputs: object) -> None:
         self._outputs = outputs
@@ -122,7 +130,7 @@ class CudaEngine(PortableEngine):
         self.memory = memory
         self._prefix_shape = (memory.num_ranks, memory.num_ranks)
         self.ranks_per_gpu = memory.max_sharing  # the same on all ranks, since default budgets depend on it
-        self.kernels = CudaKernels(memory, timeout_s)
+        self.kernels = CudaKernels(memory, timeout_s, self.traffic)
         self.low_latency = LowLatencyKernels(self.kernels, self.lock, mask_after_s)
 
     def serves(self, x: object, use_fp8: bool = False) -> bool:
@@ -168,18 +176,7 @@ class CudaEngine(PortableEngine):
             kernels.end()
         return DispatchLayout(per_rank, None, per_expert, in_rank)
 
-    def route(self, handle: Handle, operation: str, rows: torch.Tensor) -> Any:
-        if not self.serves(rows) and not self.serves(rows, use_fp8=True):
-            return super().route(handle, operation, rows)
-        if not self._is_plain(handle, rows.device):
-            fields = check_intranode_handle(handle, self.topology, operation)
-            raise ConfigError(
-                f"{operation}: the handle is on {fields['send_head'].device} but x is on {rows.device}; pass the "
-                "handle that a dispatch of tensors on that device returned"
-            )
-        return DeviceRoute(handle, handle[5].shape[0], handle[3].shape[0])
-
-    def _is_plain(self, handle: Handle, device: torch.device) -> bool:
+    def is_plain(self, handle: Handle, device: torch.device) -> bool:
         """Whether a handle is as dispatch returns it, on this device."""
         if not isinstance(handle, (tuple, list)) or len(handle) != 6:
             return False
@@ -202,33 +199,13 @@ class CudaEngine(PortableEngine):
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
         if not request.on_device:
             return super().dispatch(request)
-        rows = request.rows
-        if rows.data_ptr() % 16 != 0:
-            rows = rows.clone()
-        x = DeviceRows(rows, request.scales, request.scale_format)
+        request.rows = _aligned(request.rows)
         if request.route is not None:
-            result = self.kernels.dispatch_cached(x, request.route.handle, request.num_sms)
-        else:
-            topk = None
-            if request.topk_idx is not None and request.topk_weights is not None:
-                topk = (request.topk_idx, request.topk_weights)
-            if request.num_tokens_per_rank is None or request.num_tokens_per_expert is None:
-                raise ConfigError("dispatch: num_tokens_per_rank and num_tokens_per_expert are needed without a handle")
-            result = self.kernels.dispatch(
-                x,
-                request.in_rank,
-                request.num_tokens_per_rank,
-                request.num_tokens_per_expert,
-                topk,
-                request.num_worst_tokens,
-                request.num_channels,
-                request.num_sms,
-            )
-        rows, scales = result.rows, result.scales
-        name = _dtype_names.get(rows.dtype) or _named(rows.dtype)
-        row_bytes = rows.shape[1] * rows.element_size() + (0 if scales is None else 4 * scales.shape[1])
-        self.traffic.add_dispatch(rows.shape[0], row_bytes, name)
-        return result
+            return self.kernels.dispatch_cached(request, request.route.handle, request.num_sms)
+        per_rank, per_expert = request.num_tokens_per_rank, request.num_tokens_per_expert
+        if per_rank is None or per_expert is None:
+            raise ConfigError("dispatch: num_tokens_per_rank and num_tokens_per_expert are needed without a handle")
+        return self.kernels.dispatch(request, per_rank, per_expert, request.num_sms)
 
     def combine(
         self,
@@ -240,11 +217,10 @@ class CudaEngine(PortableEngine):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not isinstance(route, DeviceRoute):
             return super().combine(rows, topk_weights, bias, route, num_sms)
-        rows = rows if rows.data_ptr() % 16 == 0 else rows.clone()
-        if topk_weights is not None and topk_weights.data_ptr() % 16 != 0:
-            topk_weights = topk_weights.clone()
-        aligned = [item if item.data_ptr() % 16 == 0 else item.clone() for item in bias]
-        self.traffic.add_combine(rows.shape[0], rows.shape[1] * rows.element_size())
+        rows = _aligned(rows)
+        if topk_weights is not None:
+            topk_weights = _aligned(topk_weights)
+        aligned = [_aligned(item) for item in bias]
         return self.kernels.combine(rows, topk_weights, aligned, route.handle, num_sms)
 
     def empty_combine_input(self, num_rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:

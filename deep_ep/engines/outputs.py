@@ -7,8 +7,9 @@ block and few objects, because the host's time for a call is as scarce as the li
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +20,16 @@ ALIGNMENT = 128
 def aligned(num_bytes: int) -> int:
     """Rounded up to the alignment of parts."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def template(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An empty tensor, to make others of: ``template.data.set_(storage, first element, shape, strides)``.
+
+    Nothing makes a tensor on given memory faster. And such tensors are no views of one tensor: callers may give each
+    other storage, ask it for gradients, or change it in place without autograd taking the others for changed.
+    """
+    with torch.inference_mode(False):  # those made of an inference tensor could not be saved for backward
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -46,16 +57,47 @@ class RowPlan:
     Args:
         fields: without `SRC_IDX`; the rows come first.
         signature: text that differs wherever ranks disagree.
+        device: where the tensors live, if any are made.
+        native: `_C.DispatchPlan`, which launches dispatches of such rows.
     """
 
-    def __init__(self, fields: Sequence[Field], signature: str) -> None:
+    def __init__(
+        self, fields: Sequence[Field], signature: str, device: torch.device | None = None, native: Any = None
+    ) -> None:
         self.fields = tuple(fields)
+        self.native = native
+        self._widths = [field.width for field in fields]
         self._row_bytes = [field.row_bytes for field in fields]
         self.row_bytes = sum(self._row_bytes)
+        #: Of a row and its scales, and the name of what travels: for `TrafficStats`.
+        self.payload_bytes = sum(field.row_bytes for field in fields if field.name in ("rows", "scales"))
+        self.dtype_name = str(self.fields[0].dtype).removeprefix("torch.") if fields else ""
+        self._device = device
+        self._empty: list[torch.Tensor] = []
         self._text = signature
         self._signatures: dict[tuple[object, ...], int] = {}
+        self._last = (0, [0] * len(self.fields), 0)
+        self._shapes: tuple[int, list[tuple[Any, ...]]] = (-1, [])
         by_name = {field.name: i for i, field in enumerate(fields)}
         self._positions = tuple(by_name.get(name, -1) for name in _NAMES)
+
+    def tensors(self, block: torch.UntypedStorage, capacity: int) -> list[torch.Tensor]:
+        """The tensors of all rows of a block of ``capacity`` rows."""
+        if capacity != self._shapes[0]:
+            starts, _ = self.starts(capacity)
+            if not self._empty and self._device is not None:
+                self._empty = [template(field.dtype, self._device) for field in self.fields]
+            shapes = [
+                (empty, start // field.dtype.itemsize, (capacity, field.width), (field.width, 1))
+                for empty, field, start in zip(self._empty, self.fields, starts, strict=True)
+            ]
+            self._shapes = (capacity, shapes)
+        return [empty.data.set_(block, first, shape, strides) for empty, first, shape, strides in self._shapes[1]]
+
+    def cut(self, tensors: Sequence[torch.Tensor], num_rows: int) -> None:
+        """Leave the first ``num_rows`` rows of these tensors."""
+        for tensor, width in zip(tensors, self._widths, strict=True):
+            tensor.resize_(num_rows, width)
 
     def named(
         self, tensors: Sequence[torch.Tensor]
@@ -78,11 +120,13 @@ class RowPlan:
 
     def starts(self, capacity: int) -> tuple[list[int], int]:
         """Where each field starts in a block of ``capacity`` rows, and the bytes of the block."""
-        starts, total = [], 0
-        for row_bytes in self._row_bytes:
-            starts.append(total)
-            total += (capacity * row_bytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-        return starts, total
+        if capacity != self._last[0]:  # most calls are as large as the one before
+            starts, total = [], 0
+            for row_bytes in self._row_bytes:
+                starts.append(total)
+                total += aligned(capacity * row_bytes)
+            self._last = (capacity, starts, total)
+        return self._last[1], self._last[2]
 
     def num_bytes(self, capacity: int, *, with_src_idx: bool) -> int:
         """Of a block, with the source tokens behind it."""
@@ -118,22 +162,3 @@ class Landing:
     block: torch.UntypedStorage | None = None
     src: tuple[torch.UntypedStorage, int] | None = None
     staged_at: int = -1
-
-
-class TensorMaker:
-    """Makes tensors on parts of storages. Not views of one tensor: callers may give each other storage, ask it for
-    gradients, or change it in place without autograd taking the others for changed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._new: dict[torch.dtype, Callable[[int], torch.Tensor]] = {}
-        self._device = device
-
-    def __call__(
-        self, storage: torch.UntypedStorage, start: int, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> torch.Tensor:
-        """A contiguous tensor of one or two dimensions whose first byte is ``start`` bytes into the storage."""
-        new = self._new.get(dtype)
-        if new is None:
-            new = self._new[dtype] = torch.empty(0, dtype=dtype, device=self._device).new_empty
-        stride = (shape[1], 1) if len(shape) == 2 else (1,)
-        return new(0).set_(storage, start // dtype.itemsize, shape, stride)

@@ -1,0 +1,182 @@
+"""Where the rows of a dispatch land, and the tensors that they become.
+
+Outputs have a place in the pool, which peers write, or, where it is full, in staging memory, from where one copy on the
+SMs of the call moves them. Only an uncached dispatch can make the pool grow.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import fp8
+from .._native import _C, ELEMENT_TYPES
+from ..errors import PoolExhausted
+from .kernel_state import KernelState
+from .outputs import SRC_IDX, Field, Landing, RowPlan, aligned
+
+_UNIT = (1,)
+_FORMATS: dict[fp8.ScaleFormat | None, int] = {None: 0, "fp32": 0, "pow2": 1, "ue8m0": 2}
+
+
+class DispatchOutputs(KernelState):
+    """A part of `CudaKernels`."""
+
+    _domain: _C.PeerDomain
+    _plans: dict[object, RowPlan]
+    _staging_refused: int
+
+    def _plan(
+        self,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        scale_format: fp8.ScaleFormat | None = None,
+        topk_idx: torch.Tensor | None = None,
+    ) -> RowPlan:
+        """What a dispatch of these brings; with ``scale_format`` the rows are quantised on the way."""
+        of_scales = None if scales is None else (scales.dtype, scales.shape[1])
+        of_topk = None if topk_idx is None else (topk_idx.dtype, topk_idx.shape[1])
+        key = (rows.dtype, rows.shape[1], of_scales, scale_format, of_topk)
+        plan = self._plans.get(key)
+        if plan is None:
+            hidden = rows.shape[1]
+            fields = [Field.of("rows", torch.float8_e4m3fn if scale_format else rows.dtype, hidden)]
+            if scale_format is not None:
+                of_scales = fp8.scale_columns(hidden, scale_format)
+            if of_scales is not None:
+                fields.append(Field.of("scales", *of_scales))
+            if of_topk is not None:
+                fields += [Field.of("topk_idx", *of_topk), Field.of("topk_weights", torch.float32, of_topk[1])]
+            native = self._domain.dispatch_plan(
+                fields[0].row_bytes,
+                0 if of_scales is None else of_scales[1],
+                0 if of_topk is None else of_topk[1],
+                of_topk is not None and of_topk[0] is torch.int64,
+                -1 if scale_format is None else ELEMENT_TYPES[rows.dtype],
+                _FORMATS[scale_format],
+            )
+            plan = self._plans[key] = RowPlan(fields, repr(key), self.device, native)
+        return plan
+
+    # A place.
+
+    def _land(self, plan: RowPlan, capacity: int, *, with_src_idx: bool, may_stage: bool = True) -> Landing | None:
+        """Memory for ``capacity`` rows: of the pool, else staging memory, else None."""
+        starts, total = plan.starts(capacity)
+        if total == 0:
+            return Landing(0, (*(-1 if at < 0 else 0 for at in plan.offsets(0, starts)), 0, 0), starts)  # type: ignore[arg-type]
+        src: tuple[torch.UntypedStorage, int] | None = None
+        taken = self.memory.take(total, self._stream, self._capturing)
+        if taken is not None and with_src_idx:
+            src = self._sources.take(capacity * SRC_IDX.row_bytes, self._stream, self._capturing)
+            if src is None:
+                taken = None
+        if taken is not None:
+            block, base = taken
+            src_at = -1
+            if src is not None:
+                src_at = src[0].data_ptr() + src[1] - self.memory.bases[self.rank]
+            return Landing(capacity, (*plan.offsets(base, starts), src_at, capacity), starts, block, src)
+        num_bytes = plan.num_bytes(capacity, with_src_idx=with_src_idx)
+        self.note_missing(num_bytes)
+        if not may_stage or num_bytes > self.memory.staging_bytes:
+            return None
+        if self._capturing:
+            self.memory.lease_staging()
+        base = self.memory.staging_offset
+        src_at = base + total if with_src_idx else -1
+        return Landing(capacity, (*plan.offsets(base, starts), src_at, capacity), starts, staged_at=base)
+
+    def _land_together(self, plan: RowPlan, num_rows: int, most: int) -> Landing:
+        """Memory for the rows, which all ranks grow if any of them has too little. Collective.
+
+        Args:
+            most: rows of the rank that receives the most.
+
+        Raises:
+            PoolExhausted: on all ranks; some rank has no memory for its rows, not even in staging.
+        """
+        landing = self._land(plan, num_rows, with_src_idx=True, may_stage=False)
+        # Twice what is missing now: a pool that is full once will be again.
+        wish = 2 * self._missing + (32 << 20) if self._missing else 0
+        wish = max(self.memory.rendezvous("symmetric memory that is missing", wish))
+        if wish:
+            self._is_full = self.memory.grow(wish) == 0
+        self._missing = 0
+        landing = landing or self._land(plan, num_rows, with_src_idx=True)
+        if any(self.memory.rendezvous("room for the rows of a dispatch", landing is None)):
+            self.memory.reserve_staging(plan.num_bytes(most, with_src_idx=True))
+            landing = landing or self._land(plan, num_rows, with_src_idx=True)
+        if landing is None:
+            raise self._exhausted(plan, num_rows)
+        return landing
+
+    def _reserve_staging(self, wanted: int) -> None:
+        """Collective, with the same number on all ranks."""
+        try:
+            self.memory.reserve_staging(wanted + wanted // 8, within_limit=True)
+        except PoolExhausted:  # on all ranks alike; there are ways without staging
+            self._staging_refused = wanted
+
+    def _exhausted(self, plan: RowPlan, num_rows: int) -> PoolExhausted:
+        return PoolExhausted(
+            f"dispatch: no room in symmetric memory for {num_rows} rows of {plan.row_bytes} bytes: "
+            f"{self.memory.usage()}. Drop received tensors earlier, or construct the buffer with a larger "
+            "num_nvl_bytes or max_pool_bytes"
+        )
+
+    def _mark_unused(self, plan: RowPlan, landing: Landing, sms: int) -> None:
+        """Fill what tells rows apart from padding with -1, before peers write the rows that exist."""
+        base = self.memory.bases[self.rank]
+        fills = [(landing.offsets[4], SRC_IDX.row_bytes)]
+        fills += [(landing.offsets[2], field.row_bytes) for field in plan.fields if field.name == "topk_idx"]
+        if landing.capacity:
+            self._copy([(0, base + at, aligned(landing.capacity * row_bytes)) for at, row_bytes in fills], sms)
+
+    # Its tensors.
+
+    def _bytes(self, num_bytes: int) -> tuple[torch.UntypedStorage, int]:
+        """Ordinary memory: the storage, and the offset in it."""
+        part = self._small.take(num_bytes, self._stream, self._capturing)
+        if part is None:  # torch raises when there is none
+            raise PoolExhausted(f"no memory for {num_bytes} bytes of a handle")
+        return part
+
+    def _tensors(self, plan: RowPlan, landing: Landing) -> list[torch.Tensor] | None:
+        """The tensors of all rows of a landing in the pool, in the plan's order, and src_idx behind them if it has one.
+
+        None elsewhere; `_unstage` makes them.
+        """
+        if landing.block is None:
+            return None
+        tensors = plan.tensors(landing.block, landing.capacity)
+        if landing.src is not None:
+            storage, start = landing.src
+            tensors.append(self._int32.data.set_(storage, start // 4, (landing.capacity,), _UNIT))
+        return tensors
+
+    def _unstage(
+        self, plan: RowPlan, landing: Landing, num_rows: int, sms: int, *, with_src_idx: bool
+    ) -> list[torch.Tensor]:
+        """`_tensors` of the first ``num_rows`` rows of what has landed in staging memory, copied out of it."""
+        if num_rows == 0:
+            fields = (*plan.fields, SRC_IDX) if with_src_idx else plan.fields
+            shapes = [(0,) if field is SRC_IDX else (0, field.width) for field in fields]
+            return [
+                torch.empty(shape, dtype=field.dtype, device=self.device)
+                for shape, field in zip(shapes, fields, strict=True)
+            ]
+        starts, total = plan.starts(num_rows)
+        block = torch.UntypedStorage(total, device=self.device)
+        staged, to = self.memory.bases[self.rank] + landing.staged_at, block.data_ptr()
+        copies = [
+            (staged + source, to + target, aligned(num_rows * field.row_bytes))
+            for field, source, target in zip(plan.fields, landing.starts, starts, strict=True)
+        ]
+        src = None
+        if with_src_idx:
+            src_bytes = aligned(num_rows * SRC_IDX.row_bytes)
+            src = self._bytes(src_bytes)
+            copies.append((self.memory.bases[self.rank] + landing.offsets[4], src[0].data_ptr() + src[1], src_bytes))
+        self._copy(copies, sms)
+        tensors = self._tensors(plan, Landing(num_rows, landing.offsets, starts, block, src))
+        return tensors or []
