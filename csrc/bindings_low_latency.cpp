@@ -11,6 +11,7 @@
 #ifdef DEEP_EP_WITH_CUDA
 #include "kernels/low_latency_launch.h"
 #include "runtime/low_latency_peers.h"
+#include "runtime/stream_order.h"
 #endif
 
 namespace py = pybind11;
@@ -68,8 +69,6 @@ py::tuple cut(int64_t row_bytes, int64_t wanted) {
 void bind_outputs(py::module_& m) {
     py::class_<LowLatencyOutputs>(m, "LowLatencyOutputs")
         .def(py::init(&LowLatencyOutputs::make))
-        .def_readonly("scales_at", &LowLatencyOutputs::scales_at)
-        .def_readonly("rows_block_bytes", &LowLatencyOutputs::rows_block_bytes)
         .def_readonly("ticket_at", &LowLatencyOutputs::ticket_at)
         .def_readonly("recv_count_at", &LowLatencyOutputs::recv_count_at)
         .def_readonly("src_info_at", &LowLatencyOutputs::src_info_at)
@@ -87,20 +86,39 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Where operations are enqueued: the order between streams, and the failures that end it all. One call before an operation
+// and one for it, since each costs the host as much as a small kernel takes.
+class LowLatencyQueue {
+  public:
+    LowLatencyQueue(PeerDomain& peers, StreamOrder& order) : peers_(peers), order_(order) {}
+
+    // -1: kernels have reported a failure, and nothing was done. 1: the stream is being captured into a graph. 0: it is
+    // not, and waits for the operation before.
+    int begin(Address stream) const {
+        if (peers_.host().error != 0) return -1;
+        return order_.begin(pointer(stream)) ? 1 : 0;
+    }
+    // After an operation that is not captured.
+    void end(Address stream) const { order_.end(pointer(stream)); }
+
+  private:
+    PeerDomain& peers_;
+    StreamOrder& order_;
+};
+
 // Everything of a dispatch that does not change from call to call with the same shapes.
 class LowLatencyDispatchPlan {
   public:
     // format: a ScaleFormat, -1 for bf16 rows.
-    LowLatencyDispatchPlan(const LowLatencyPeers& peers, uint64_t signature, int num_topk, bool topk_is_int64,
-                           int num_experts, int num_max_tokens, int hidden, int format)
-        : peers_(peers) {
+    LowLatencyDispatchPlan(const LowLatencyPeers& peers, const LowLatencyQueue& queue, uint64_t signature,
+                           int num_topk, bool topk_is_int64, int num_experts, int num_max_tokens, int hidden,
+                           int format)
+        : peers_(peers), queue_(queue) {
         const Domain domain = peers.domain().domain;
         const bool use_fp8 = format >= 0;
         const auto scale_format = static_cast<ScaleFormat>(use_fp8 ? format : 0);
         outputs_ = LowLatencyOutputs::make(expert_range(num_experts, domain.num_ranks, domain.rank).count,
-                                           domain.num_ranks, num_max_tokens, num_topk,
-                                           use_fp8 ? hidden : 2 * static_cast<int64_t>(hidden),
-                                           use_fp8 ? num_scale_columns(hidden, scale_format) : 0);
+                                           domain.num_ranks, num_max_tokens, num_topk);
         args_.signature = signature;
         args_.topk_is_int64 = topk_is_int64;
         args_.num_topk = num_topk;
@@ -113,16 +131,18 @@ class LowLatencyDispatchPlan {
 
     const LowLatencyOutputs& outputs() const { return outputs_; }
 
-    // rows, small: addresses of the blocks of the outputs. part: a LowLatencyPart.
-    void launch(Address x, Address topk_idx, int num_tokens, Address rows, Address small, Address recv_stats,
-                Address wait_stats, int part, int num_sms, Address stream) const {
+    // scales: 0 for bf16 rows. small: address of the block of the small outputs. part: a LowLatencyPart. captured: what
+    // the queue said of the stream.
+    void launch(Address x, Address topk_idx, int num_tokens, Address rows, Address scales, Address small,
+                Address recv_stats, Address wait_stats, int part, int num_sms, Address stream,
+                bool captured) const {
         LowLatencyDispatchArgs args = args_;
         args.ll = peers_.domain();
         args.x = pointer<const uint8_t>(x);
         args.topk_idx = pointer<const void>(topk_idx);
         args.num_tokens = num_tokens;
         args.rows = pointer<uint8_t>(rows);
-        args.scales = args.use_fp8 ? pointer<uint32_t>(rows + outputs_.scales_at) : nullptr;
+        args.scales = pointer<uint32_t>(scales);
         args.layout_range = pointer<int64_t>(small);
         args.ticket = pointer<uint64_t>(small + outputs_.ticket_at);
         args.recv_count = pointer<int32_t>(small + outputs_.recv_count_at);
@@ -132,10 +152,12 @@ class LowLatencyDispatchPlan {
         args.recv_stats = pointer<int32_t>(recv_stats);
         args.wait_stats = pointer<int64_t>(wait_stats);
         launch_low_latency_dispatch(args, static_cast<LowLatencyPart>(part), num_sms, pointer(stream));
+        if (!captured) queue_.end(stream);
     }
 
   private:
     const LowLatencyPeers& peers_;
+    const LowLatencyQueue& queue_;
     LowLatencyOutputs outputs_{};
     LowLatencyDispatchArgs args_{};
 };
@@ -143,9 +165,10 @@ class LowLatencyDispatchPlan {
 // The shape of a combine: as for LowLatencyDispatchPlan.
 class LowLatencyCombinePlan {
   public:
-    LowLatencyCombinePlan(const LowLatencyPeers& peers, uint64_t signature, int num_topk, bool topk_is_int64,
-                          int num_experts, int num_max_tokens, int hidden, bool sum_at_home, bool use_logfmt)
-        : peers_(peers) {
+    LowLatencyCombinePlan(const LowLatencyPeers& peers, const LowLatencyQueue& queue, uint64_t signature,
+                          int num_topk, bool topk_is_int64, int num_experts, int num_max_tokens, int hidden,
+                          bool sum_at_home, bool use_logfmt)
+        : peers_(peers), queue_(queue) {
         args_.signature = signature;
         args_.num_topk = num_topk;
         args_.topk_is_int64 = topk_is_int64;
@@ -159,7 +182,7 @@ class LowLatencyCombinePlan {
     // source_tokens, positions, wait_stats, ticket: 0 for none.
     void launch(Address x, Address src_info, Address layout_range, Address source_tokens, Address positions,
                 Address topk_idx, Address topk_weights, int num_tokens, Address out, Address wait_stats,
-                Address ticket, int part, int num_sms, Address stream) const {
+                Address ticket, int part, int num_sms, Address stream, bool captured) const {
         LowLatencyCombineArgs args = args_;
         args.ll = peers_.domain();
         args.x = pointer<const uint8_t>(x);
@@ -174,10 +197,12 @@ class LowLatencyCombinePlan {
         args.wait_stats = pointer<int64_t>(wait_stats);
         args.ticket = pointer<uint64_t>(ticket);
         launch_low_latency_combine(args, static_cast<LowLatencyPart>(part), num_sms, pointer(stream));
+        if (!captured) queue_.end(stream);
     }
 
   private:
     const LowLatencyPeers& peers_;
+    const LowLatencyQueue& queue_;
     LowLatencyCombineArgs args_{};
 };
 
@@ -204,14 +229,20 @@ void bind_kernels(py::module_& m) {
         .def("refuse", [](const LowLatencyPeers& self, int kind, Address stream) {
             launch_low_latency_refuse(self.domain(), static_cast<LowLatencyKind>(kind), pointer(stream));
         });
+    py::class_<LowLatencyQueue>(m, "LowLatencyQueue")
+        .def(py::init<PeerDomain&, StreamOrder&>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+        .def("begin", &LowLatencyQueue::begin)
+        .def("end", &LowLatencyQueue::end);
     py::class_<LowLatencyDispatchPlan>(m, "LowLatencyDispatchPlan")
-        .def(py::init<const LowLatencyPeers&, uint64_t, int, bool, int, int, int, int>(),
-             py::keep_alive<1, 2>())
+        .def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int,
+                      int>(),
+             py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def_property_readonly("outputs", &LowLatencyDispatchPlan::outputs)
         .def("launch", &LowLatencyDispatchPlan::launch);
     py::class_<LowLatencyCombinePlan>(m, "LowLatencyCombinePlan")
-        .def(py::init<const LowLatencyPeers&, uint64_t, int, bool, int, int, int, bool, bool>(),
-             py::keep_alive<1, 2>())
+        .def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int,
+                      bool, bool>(),
+             py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def("launch", &LowLatencyCombinePlan::launch);
 }
 

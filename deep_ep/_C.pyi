@@ -348,13 +348,7 @@ def low_latency_cut_row(row_bytes: int, wanted: int) -> tuple[int, int]: ...
 def load_low_latency_kernels() -> None: ...
 
 class LowLatencyOutputs:
-    def __init__(
-        self, num_local: int, num_ranks: int, num_max_tokens: int, num_topk: int, row_bytes: int, scale_columns: int
-    ) -> None: ...
-    @property
-    def scales_at(self) -> int: ...
-    @property
-    def rows_block_bytes(self) -> int: ...
+    def __init__(self, num_local: int, num_ranks: int, num_max_tokens: int, num_topk: int) -> None: ...
     @property
     def ticket_at(self) -> int: ...
     @property
@@ -384,10 +378,16 @@ class LowLatencyPeers:
     def clear(self) -> None: ...
     def refuse(self, kind: int, stream: int) -> None: ...
 
+class LowLatencyQueue:
+    def __init__(self, peers: PeerDomain, order: StreamOrder) -> None: ...
+    def begin(self, stream: int) -> int: ...
+    def end(self, stream: int) -> None: ...
+
 class LowLatencyDispatchPlan:
     def __init__(
         self,
         peers: LowLatencyPeers,
+        queue: LowLatencyQueue,
         signature: int,
         num_topk: int,
         topk_is_int64: bool,
@@ -404,18 +404,21 @@ class LowLatencyDispatchPlan:
         topk_idx: int,
         num_tokens: int,
         rows: int,
+        scales: int,
         small: int,
         recv_stats: int,
         wait_stats: int,
         part: int,
         num_sms: int,
         stream: int,
+        captured: bool,
     ) -> None: ...
 
 class LowLatencyCombinePlan:
     def __init__(
         self,
         peers: LowLatencyPeers,
+        queue: LowLatencyQueue,
         signature: int,
         num_topk: int,
         topk_is_int64: bool,
@@ -441,4 +444,5 @@ class LowLatencyCombinePlan:
         part: int,
         num_sms: int,
         stream: int,
+        captured: bool,
     ) -> None: ...

@@ -17,7 +17,7 @@ from .checks import Rows
 from .config import DEFAULT_NUM_SMS, Config, align_up
 from .engines import PortableEngine
 from .engines.cuda_engine import MIN_POOL_BYTES, CudaEngine, PoolRequest, open_peer_memory
-from .engines.mesh import Mesh, MpiLikeComm, members_of, resolve_timeout
+from .engines.mesh import Mesh, MpiLikeComm, members_of, resolve_mask_timeout, resolve_timeout
 from .engines.shared import SharedRows
 from .errors import BufferDestroyed, ConfigError
 from .event import EventHandle, EventOverlap, wait_previous
@@ -50,6 +50,8 @@ class Buffer(LowLatencyMixin):
             handles the kernels may use. No effect on the portable engine.
         explicitly_destroy: the caller will call `destroy`; a warning says so if it was forgotten.
         enable_shrink: let low-latency operations go on without ranks that are lost (see the mask functions).
+        mask_timeout_us: microseconds after which they leave out a rank that does not come, with ``enable_shrink``;
+            default `DEEP_EP_MASK_TIMEOUT_US`, else 10 s. A rank that is merely late then loses its tokens as well.
         comm: mpi4py communicator in place of ``group``; `SoloComm()` for a single process.
         num_nvl_peers: ranks that share a node; default `DEEP_EP_NVL_DOMAIN`, else what the hosts say.
         device: where scratch memory lives; default the current CUDA device if the process uses one, else the CPU.
@@ -91,6 +93,7 @@ class Buffer(LowLatencyMixin):
         device: str | torch.device | None = None,
         timeout_s: float | None = None,
         max_pool_bytes: int | None = None,
+        mask_timeout_us: float | None = None,
     ) -> None:
         self.runtime: PortableEngine | None = None
         for name, size in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
@@ -98,7 +101,7 @@ class Buffer(LowLatencyMixin):
         checks.check_count(num_qps_per_rank, "num_qps_per_rank", "Buffer", minimum=1)
         if num_nvl_peers is not None:
             checks.check_count(num_nvl_peers, "num_nvl_peers", "Buffer", minimum=1)
-        timeout = resolve_timeout(timeout_s)
+        timeout, mask_timeout = resolve_timeout(timeout_s), resolve_mask_timeout(mask_timeout_us)
         members = self._members = members_of(group, comm)
         self.group = group
         self.comm = comm
@@ -108,6 +111,8 @@ class Buffer(LowLatencyMixin):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self._masked: set[int] = set()
+        self._mask_timeout_s = mask_timeout if enable_shrink else 0.0
+        self._portable_waits: dict[str, list[int]] = {}
 
         # What a rank asks for is gathered before it is judged, so that all ranks judge the same.
         reports = members.gather((host_identity(), num_nvl_peers or domain_from_environment()))
@@ -132,8 +137,8 @@ class Buffer(LowLatencyMixin):
             "num_nvl_bytes": num_nvl_bytes,
             "num_rdma_bytes": num_rdma_bytes,
         }
-        mask_after_s = timeout if enable_shrink else 0.0
-        self.runtime = PortableEngine(**parts) if memory is None else CudaEngine(parts, memory, timeout, mask_after_s)
+        mask_s = self._mask_timeout_s
+        self.runtime = PortableEngine(**parts) if memory is None else CudaEngine(parts, memory, timeout, mask_s)
         self.engine = self.runtime.name
         _live_buffers.add(self)
 
@@ -509,7 +514,10 @@ class Buffer(LowLatencyMixin):
         self._engine("recover").recover(self._members)
 
     def memory_usage(self) -> dict[str, int]:
-        """Symmetric memory of this rank in bytes, by use; see `PeerMemory.usage`. Empty on the portable engine."""
+        """Symmetric memory of this rank in bytes, by use; see `PeerMemory.usage`. Empty on the portable engine.
+
+        ``low_latency_bytes`` of it are reserved for low-latency operations.
+        """
         return self._engine("memory_usage").memory_usage()
 
     def internode_dispatch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,7 +12,8 @@ from . import checks, fp8
 from .checks import describe_value
 from .config import low_latency_size_hint
 from .engines import portable_ll
-from .engines.low_latency_call import LowLatencyCall
+from .engines.cuda_ll import LowLatencyKernels
+from .engines.low_latency_call import LowLatencyCall, ReceiveHook, check_num_outstanding
 from .engines.portable import PortableEngine
 from .engines.portable_ll import LowLatencyCombine, LowLatencyDispatch
 from .errors import ConfigError
@@ -21,25 +22,6 @@ from .layout import check_topk_range, num_local_experts
 from .requests import scale_format_of
 
 LowLatencyHandle = tuple[torch.Tensor, torch.Tensor, int, int, int]
-_MAX_OUTSTANDING = 2
-
-
-class ReceiveHook:
-    """Finishes a low-latency operation when called; calling it again does nothing."""
-
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish: Callable[[], None] | None = finish
-
-    @property
-    def pending(self) -> bool:
-        """True until the hook is called."""
-        return self._finish is not None
-
-    def __call__(self) -> None:
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            with torch.no_grad():
-                finish()
 
 
 class LowLatencyMixin:
@@ -51,9 +33,12 @@ class LowLatencyMixin:
         rank: int
         _masked: set[int]
 
+        _mask_timeout_s: float
+        _portable_waits: dict[str, list[int]]
+
         def _engine(self, operation: str) -> PortableEngine: ...
 
-    _hooks: weakref.WeakSet[ReceiveHook] | None = None
+    _hooks: weakref.WeakSet[ReceiveHook] | None = None  # of the portable engine
     _combine_buffer: torch.Tensor | None = None
 
     @staticmethod
@@ -108,7 +93,8 @@ class LowLatencyMixin:
             use_fp8: send FP8 (E4M3, 1x128 tiles); ``round_scale``: power-of-two scales; ``use_ue8m0`` (with
                 ``round_scale``): scales as exponents packed four to an int32.
             async_finish: return an event. Not together with ``return_recv_hook``.
-            return_recv_hook: return a function that must be called before the results are used.
+            return_recv_hook: return a function that must be called before the results are used. x and topk_idx may be
+                written again before that.
 
         Returns:
             recv_x: bf16 [L, R * M, H], or (E4M3 [L, R * M, H], scales [L, R * M, H / 128] float32 or [..., H / 512]
@@ -118,15 +104,34 @@ class LowLatencyMixin:
             event, hook: ``hook`` is None unless asked for.
 
         Raises:
-            ConfigError: bad arguments, more than M tokens, or a third operation while two hooks are outstanding.
+            ConfigError: bad arguments, more than M tokens, or a third operation while two hooks are outstanding. The
+                latter is raised before this rank takes part in anything, so the call may be made again after a hook.
             PeerError, CommTimeout: a rank died, refused or is late (without ``enable_shrink``).
         """
         operation = "low_latency_dispatch"
         engine = self._engine(operation)
+        kernels: LowLatencyKernels | None = engine.low_latency
+        if kernels is not None and not async_finish and not self._hooks:
+            taken = kernels.try_dispatch(
+                x,
+                topk_idx,
+                num_max_dispatch_tokens_per_rank,
+                num_experts,
+                cumulative_local_expert_recv_stats,
+                dispatch_wait_recv_cost_stats,
+                (use_fp8, round_scale, use_ue8m0),
+                return_recv_hook,
+            )
+            if taken is not None:
+                if self._portable_waits:
+                    self._portable_waits.pop(operation, None)
+                (recv_x, count, handle), hook = taken
+                return recv_x, count, handle, EventOverlap(), hook
         kernels = self._kernels(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8)
-        with LowLatencyCall(engine, operation, kernels, (x, topk_idx), async_finish) as call:
-            self._check_outstanding(operation, async_finish, return_recv_hook)
+        with LowLatencyCall(engine, operation, kernels, (x, topk_idx), async_finish, self._check_room) as call:
+            _check_finish(operation, async_finish, return_recv_hook)
             x = checks.check_tensor(x, "x", operation, dim=2, dtypes=[torch.bfloat16])
+            _check_device(x, kernels, operation)
             topk_idx = checks.check_topk_idx(topk_idx, operation)
             num_topk = topk_idx.shape[1]
             shape = [x.shape[0], num_topk]
@@ -146,21 +151,26 @@ class LowLatencyMixin:
             num_local = num_local_experts(num_experts, self.group_size, self.rank)
             stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
             if stats[0] is not None:
-                _check_stats(stats[0], "cumulative_local_expert_recv_stats", operation, torch.int32, num_local)
+                name = "cumulative_local_expert_recv_stats"
+                _check_stats(stats[0], name, operation, torch.int32, num_local, x.device)
             if stats[1] is not None:
-                _check_stats(stats[1], "dispatch_wait_recv_cost_stats", operation, torch.int64, self.group_size)
+                name = "dispatch_wait_recv_cost_stats"
+                _check_stats(stats[1], name, operation, torch.int64, self.group_size, x.device)
             request = LowLatencyDispatch(x, topk_idx, num_max, num_experts, scale_format, *stats)
             call.start()
             if kernels is not None:
-                output, receive = kernels.dispatch(request, return_recv_hook)
-                hook = None if receive is None else ReceiveHook(receive)
-                call.keep((output.rows, output.scales, output.count, output.src_info, output.layout_range))
+                (recv_x, count, handle), hook = kernels.dispatch(request, return_recv_hook)
+                call.keep((recv_x, count, handle))
             else:
-                output, finish = portable_ll.dispatch(engine, request, self._masked, self.enable_shrink)
+                masked = self._masks()
+                output, finish = portable_ll.dispatch(engine, request, masked, self._mask_timeout_s)
+                self._add_masks(masked)
                 hook = self._finish(finish, return_recv_hook)
-        recv_x = output.rows if output.scales is None else (output.rows, output.scales)
-        handle = (output.src_info, output.layout_range, num_max, x.shape[1], num_experts)
-        return recv_x, output.count, handle, call.event, hook
+                recv_x = output.rows if output.scales is None else (output.rows, output.scales)
+                count = output.count
+                handle = (output.src_info, output.layout_range, num_max, x.shape[1], num_experts)
+            self._note_waits(operation, kernels)
+        return recv_x, count, handle, call.event, hook
 
     def low_latency_combine(
         self,
@@ -190,6 +200,8 @@ class LowLatencyMixin:
             handle: of the dispatch.
             use_logfmt: send rows in LogFMT-10 (see `deep_ep.logfmt`). Not together with ``zero_copy``.
             zero_copy: the rows are in `get_next_low_latency_combine_buffer(handle)` already; x only gives the shape.
+            return_recv_hook: as for `low_latency_dispatch`: x may be written again before the hook is called, the
+                handle, topk_idx and topk_weights may not. (Of a handle whose src_info is a copy, x is copied for that.)
             out: bf16 [T, H] to write the result to.
             combine_wait_recv_cost_stats: int64 [R]; nanoseconds waited for each rank are added.
 
@@ -201,17 +213,45 @@ class LowLatencyMixin:
         """
         operation = "low_latency_combine"
         engine = self._engine(operation)
-        kernels = None
-        if isinstance(handle, (tuple, list)) and len(handle) == 5 and not use_logfmt:
-            kernels = self._kernels(x, topk_idx, handle[2], handle[4], False)
-        with LowLatencyCall(engine, operation, kernels, (x, topk_idx, topk_weights, handle), async_finish) as call:
-            self._check_outstanding(operation, async_finish, return_recv_hook)
+        kernels: LowLatencyKernels | None = engine.low_latency
+        is_plain = not (async_finish or use_logfmt or zero_copy)
+        if kernels is not None and is_plain and not self._hooks:
+            taken = kernels.try_combine(
+                x,
+                topk_idx,
+                topk_weights,
+                handle,
+                out,
+                combine_wait_recv_cost_stats,
+                sum_at_home,
+                return_recv_hook,
+            )
+            if taken is not None:
+                if self._portable_waits:
+                    self._portable_waits.pop(operation, None)
+                return taken[0], EventOverlap(), taken[1]
+        if use_logfmt:
+            kernels = None
+        elif kernels is not None:
+            is_handle = isinstance(handle, (tuple, list)) and len(handle) == 5
+            num_max, num_experts = (handle[2], handle[4]) if is_handle else (None, None)
+            kernels = self._kernels(x, topk_idx, num_max, num_experts, False)
+        inputs = (x, topk_idx, topk_weights, handle)
+        with LowLatencyCall(engine, operation, kernels, inputs, async_finish, self._check_room) as call:
+            _check_finish(operation, async_finish, return_recv_hook)
             src_info, layout_range, num_max, hidden, num_experts = self._unpacked(handle, operation)
             shape = [src_info.shape[0], src_info.shape[1], hidden]
             x = checks.check_tensor(x, "x", operation, dim=3, dtypes=[torch.bfloat16], shape=shape)
+            _check_device(x, kernels, operation)
+            _check_handle_device(src_info, layout_range, x.device, operation)
             topk_idx = checks.check_topk_idx(topk_idx, operation)
             num_tokens, num_topk = topk_idx.shape
             checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, device=x.device)
+            if num_tokens > num_max:
+                raise ConfigError(
+                    f"{operation}: topk_idx has {num_tokens} tokens but the handle's dispatch sent at most {num_max}; "
+                    "pass the topk_idx of that dispatch"
+                )
             if kernels is None:
                 check_topk_range(topk_idx, num_experts)
             weights = checks.check_tensor(
@@ -242,7 +282,8 @@ class LowLatencyMixin:
                 raise ConfigError(f"{operation}: out has strides {list(out.stride())}; expected a contiguous tensor")
             wait_stats = combine_wait_recv_cost_stats
             if wait_stats is not None:
-                _check_stats(wait_stats, "combine_wait_recv_cost_stats", operation, torch.int64, self.group_size)
+                name = "combine_wait_recv_cost_stats"
+                _check_stats(wait_stats, name, operation, torch.int64, self.group_size, x.device)
             request = LowLatencyCombine(
                 x,
                 topk_idx,
@@ -258,12 +299,14 @@ class LowLatencyMixin:
             )
             call.start()
             if kernels is not None:
-                receive = kernels.combine(request, return_recv_hook)
-                hook = None if receive is None else ReceiveHook(receive)
+                hook = kernels.combine(request, return_recv_hook)
                 call.keep((out,))
             else:
-                finish = portable_ll.combine(engine, request, self._masked, self.enable_shrink)
+                masked = self._masks()
+                finish = portable_ll.combine(engine, request, masked, self._mask_timeout_s)
+                self._add_masks(masked)
                 hook = self._finish(finish, return_recv_hook)
+            self._note_waits(operation, kernels)
         return out, call.event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
@@ -327,31 +370,77 @@ class LowLatencyMixin:
             kernels.masked.zero_()
         self._masked.clear()
 
+    # Waits.
+
+    def last_waits(self) -> dict[str, list[int]]:
+        """How long this rank waited for each rank in its last low-latency dispatch and combine, to find slow ranks.
+
+        Returns:
+            ``{"low_latency_dispatch": [...], "low_latency_combine": [...]}``: nanoseconds by rank, 0 before the first
+            call. Kernels give the longest wait for anything of that rank, the portable engine the sum of the waits. Of
+            a call with a receive hook, once that was called.
+
+        Waits for the device where the calls run as kernels, so it cannot be captured in a CUDA graph. The calls' own
+        arguments ``dispatch_wait_recv_cost_stats`` and ``combine_wait_recv_cost_stats`` add waits up without that.
+        """
+        kernels: LowLatencyKernels | None = self._engine("last_waits").low_latency
+        nothing = [0] * self.group_size
+        waits = {"low_latency_dispatch": nothing, "low_latency_combine": list(nothing)}
+        return {**(waits if kernels is None else kernels.last_waits()), **self._portable_waits}
+
     # Internals.
 
-    def _kernels(self, x: object, topk_idx: object, num_max: object, num_experts: object, use_fp8: bool) -> Any:
-        """The kernels that serve a call, or None. The arguments are not checked yet."""
-        kernels = self._engine("low_latency").low_latency
-        if kernels is None or not isinstance(x, torch.Tensor) or not isinstance(topk_idx, torch.Tensor):
+    def _kernels(
+        self, x: object, topk_idx: object, num_max: object, num_experts: object, use_fp8: bool
+    ) -> LowLatencyKernels | None:
+        """The kernels that serve a call, or None. The arguments are not checked yet: wrong ones are for the kernels to
+        refuse, since the peers, whose arguments are good, are in them."""
+        kernels: LowLatencyKernels | None = self._engine("low_latency").low_latency
+        if kernels is None:
             return None
+        if isinstance(x, torch.Tensor) and x.device.type != kernels.device.type:
+            return None
+        if not isinstance(x, torch.Tensor) or not isinstance(topk_idx, torch.Tensor) or x.dim() < 2:
+            return kernels
         if topk_idx.dim() != 2 or type(num_max) is not int or type(num_experts) is not int:
-            return None
-        return kernels if kernels.serves(x, topk_idx.shape[1], num_max, num_experts, use_fp8) else None
+            return kernels
+        return kernels if kernels.serves(x.shape[-1], topk_idx.shape[1], num_max, num_experts, use_fp8) else None
 
     def _check_shrink(self, operation: str) -> None:
         self._engine(operation)
         if not self.enable_shrink:
             raise ConfigError(f"{operation}: rank masks need a buffer constructed with enable_shrink=True")
 
-    def _check_outstanding(self, operation: str, async_finish: bool, return_recv_hook: bool) -> None:
-        if async_finish and return_recv_hook:
-            raise ConfigError(f"{operation}: async_finish and return_recv_hook exclude each other; pick one")
-        pending = [hook for hook in self._hooks or () if hook.pending]
-        if len(pending) >= _MAX_OUTSTANDING:
-            raise ConfigError(
-                f"{operation}: {len(pending)} low-latency operations are outstanding, which is the most that a buffer "
-                "holds; call their receive hooks first"
-            )
+    def _masks(self) -> set[int]:
+        """Ranks that an operation on the portable engine leaves out; it may add some."""
+        kernels: LowLatencyKernels | None = self._engine("low_latency").low_latency
+        if kernels is not None and self.enable_shrink:
+            self._masked = {rank for rank, is_masked in enumerate(kernels.masked.tolist()) if is_masked}
+        return self._masked
+
+    def _add_masks(self, masked: set[int]) -> None:
+        """Leave these ranks out of operations on kernels as well."""
+        kernels: LowLatencyKernels | None = self._engine("low_latency").low_latency
+        if kernels is not None:
+            for rank in masked:
+                kernels.set_mask(rank, True)
+
+    def _check_room(self, operation: str, kernels: LowLatencyKernels | None) -> None:
+        """Raise where another operation, on these kernels or the portable engine, would be one too many."""
+        num_pending = sum(hook.pending for hook in self._hooks or ())
+        if num_pending == 0:
+            self._hooks = None
+        if kernels is not None:
+            kernels.check_outstanding(operation, num_pending)
+            return
+        others: LowLatencyKernels | None = self._engine(operation).low_latency
+        check_num_outstanding(operation, num_pending + (0 if others is None else others.num_pending))
+
+    def _note_waits(self, operation: str, kernels: LowLatencyKernels | None) -> None:
+        if kernels is None:
+            self._portable_waits[operation] = list(self._engine(operation).mesh.last_wait_ns)
+        else:
+            self._portable_waits.pop(operation, None)
 
     def _finish(self, finish: Callable[[], None], return_recv_hook: bool) -> ReceiveHook | None:
         if not return_recv_hook:
@@ -370,11 +459,15 @@ class LowLatencyMixin:
                 "num_max_dispatch_tokens_per_rank, hidden, num_experts) that low_latency_dispatch returned"
             )
         src_info, layout_range, num_max, hidden, num_experts = handle
+        for i, number in ((2, num_max), (3, hidden), (4, num_experts)):
+            checks.check_count(number, f"handle[{i}]", operation, minimum=1)
         num_local = num_local_experts(num_experts, self.group_size, self.rank)
         rows = [num_local, self.group_size * num_max]
-        checks.check_tensor(src_info, "handle[0]", operation, dim=2, dtypes=[torch.int32], shape=rows)
+        src_info = checks.check_tensor(src_info, "handle[0]", operation, dim=2, dtypes=[torch.int32], shape=rows)
         ranges = [num_local, self.group_size]
-        checks.check_tensor(layout_range, "handle[1]", operation, dim=2, dtypes=[torch.int64], shape=ranges)
+        layout_range = checks.check_tensor(
+            layout_range, "handle[1]", operation, dim=2, dtypes=[torch.int64], shape=ranges
+        )
         return src_info, layout_range, num_max, hidden, num_experts
 
     def _filled_combine_buffer(self, shape: list[int]) -> torch.Tensor:
@@ -395,5 +488,37 @@ def _scale_format(hidden: int, use_fp8: bool, round_scale: bool, use_ue8m0: bool
     return scale_format_of("low_latency_dispatch", use_fp8, round_scale, use_ue8m0)
 
 
-def _check_stats(value: torch.Tensor, name: str, operation: str, dtype: torch.dtype, size: int) -> None:
-    checks.check_tensor(value, name, operation, dim=1, dtypes=[dtype], shape=[size])
+def _check_finish(operation: str, async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise ConfigError(f"{operation}: async_finish and return_recv_hook exclude each other; pick one")
+
+
+def _check_device(x: torch.Tensor, kernels: LowLatencyKernels | None, operation: str) -> None:
+    if kernels is not None and x.device != kernels.device:
+        raise ConfigError(
+            f"{operation}: x is on {x.device} but this buffer is on {kernels.device}; move x, or construct a buffer "
+            "there"
+        )
+
+
+def _check_handle_device(
+    src_info: torch.Tensor, layout_range: torch.Tensor, device: torch.device, operation: str
+) -> None:
+    if src_info.device != device or layout_range.device != device:
+        raise ConfigError(
+            f"{operation}: the handle is on {src_info.device} and {layout_range.device} but x is on {device}; pass the "
+            "handle that a dispatch of tensors on that device returned"
+        )
+
+
+def _check_stats(
+    value: torch.Tensor,
+    name: str,
+    operation: str,
+    dtype: torch.dtype,
+    size: int,
+    device: torch.device | None = None,
+) -> None:
+    checked = checks.check_tensor(value, name, operation, dim=1, dtypes=[dtype], shape=[size], device=device)
+    if checked is not value:
+        raise ConfigError(f"{operation}: {name} has strides {list(value.stride())}; expected a contiguous tensor")

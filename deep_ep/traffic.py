@@ -11,6 +11,9 @@ class TrafficStats:
 
     Bytes count payload rows and their scales, to every destination, the own rank included; routing metadata
     (indices, weights, counts) is left out. A row that goes to two ranks counts twice.
+
+    Low-latency operations on kernels count the tokens of this rank once each, rows sent by a dispatch and results of a
+    combine: how many ranks each went to is known on the device only.
     """
 
     dispatch_calls: int = 0

@@ -1,127 +1,31 @@
 """The host's side of low-latency kernels without a GPU: the region, outputs, hooks and what is launched."""
 
+import copy
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from low_latency_fakes import STREAM, FakeKernels, FakeLock, FakePlan, capture, install_fakes
 
 from deep_ep import fp8
-from deep_ep._native import _C
-from deep_ep.engines import cuda_ll
-from deep_ep.engines.cuda_ll import LowLatencyKernels, RegionShape
+from deep_ep.engines.cuda_ll import LowLatencyKernels
+from deep_ep.engines.low_latency_plans import PLACES
+from deep_ep.engines.low_latency_regions import RegionShape
 from deep_ep.engines.portable_ll import LowLatencyCombine, LowLatencyDispatch
-from deep_ep.errors import ConfigError, PeerError, PoolExhausted
-from deep_ep.layout import num_local_experts
+from deep_ep.errors import BufferDestroyed, ConfigError, PeerError, PoolExhausted
+from deep_ep.traffic import TrafficStats
 
 WHOLE, SEND, RECEIVE = 0, 1, 2
-STREAM = 7
-
-
-class FakePeers:
-    def __init__(self, domain: Any, regions: list[int], *rest: Any) -> None:
-        self.regions, self.rest, self.clears, self.refusals = regions, rest, 0, []
-
-    def clear(self) -> None:
-        self.clears += 1
-
-    def refuse(self, kind: int, stream: int) -> None:
-        self.refusals.append((kind, stream))
-
-
-class FakePlan:
-    """A plan of either kind. Launches are kept on the class, in order."""
-
-    launches: ClassVar[list[tuple[Any, ...]]] = []
-
-    def __init__(self, peers: FakePeers, signature: int, num_topk: int, is_int64: bool, *shape: Any) -> None:
-        self.peers, self.signature, self.is_int64, self.shape = peers, signature, is_int64, shape
-        num_experts, num_max, hidden, form = shape[:4]
-        num_ranks, rank = len(peers.regions), 1
-        name = {0: "fp32", 1: "pow2", 2: "ue8m0"}.get(form)
-        self.outputs = _C.LowLatencyOutputs(
-            num_local_experts(num_experts, num_ranks, rank),
-            num_ranks,
-            num_max,
-            num_topk,
-            2 * hidden if name is None else hidden,
-            0 if name is None else fp8.scale_columns(hidden, name)[1],
-        )
-
-    def launch(self, *arguments: Any) -> None:
-        FakePlan.launches.append((self, *arguments))
-
-
-class FakeMemory:
-    """Symmetric memory of three ranks that agree, unless a test says what the others answer."""
-
-    def __init__(self) -> None:
-        self.bases, self.room, self.growth = [1 << 20, 2 << 20, 3 << 20], 1 << 30, 0
-        self.blocks: list[int] = []
-        self.returned: list[int] = []
-        self.asked: list[tuple[str, Any]] = []
-        self.answers: dict[int, Any] = {}
-        self.heap = SimpleNamespace(return_block=self.returned.append)
-
-    def rendezvous(self, name: str, value: Any) -> list[Any]:
-        self.asked.append((name, value))
-        return [self.answers.get(rank, value) for rank in range(3)]
-
-    def reserve_block(self, num_bytes: int) -> list[int]:
-        if num_bytes > self.room:
-            return []
-        self.blocks.append(num_bytes)
-        return [512 * len(self.blocks)] * 3
-
-    def grow(self, num_bytes: int) -> int:
-        self.room += self.growth
-        return self.growth
-
-    def usage(self) -> dict[str, int]:
-        return {"free_bytes": self.room}
-
-
-class FakeKernels:
-    def __init__(self) -> None:
-        self.memory, self.device, self.domain = FakeMemory(), torch.device("cpu"), object()
-        self.rank, self.num_ranks = 1, 3
-        self.launches: dict[str, int] = {}
-        self.capturing, self.depth, self.failure = False, 0, None
-
-    def enter(self, stream: int | None = None) -> tuple[int, bool]:
-        self.depth += 1
-        return STREAM if stream is None else stream, self.capturing
-
-    def leave(self, stream: int, capturing: bool) -> None:
-        self.depth -= 1
-
-    def blocks(self, num_sms: int) -> int:
-        return min(num_sms, 66)
-
-    def check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
-
-class FakeLock:
-    held = 0
-
-    def __enter__(self) -> None:
-        self.held += 1
-
-    def __exit__(self, *args: object) -> None:
-        self.held -= 1
 
 
 @pytest.fixture
 def ll(monkeypatch):
-    monkeypatch.setattr(cuda_ll._C, "LowLatencyPeers", FakePeers, raising=False)
-    monkeypatch.setattr(cuda_ll._C, "LowLatencyDispatchPlan", FakePlan, raising=False)
-    monkeypatch.setattr(cuda_ll._C, "LowLatencyCombinePlan", FakePlan, raising=False)
-    monkeypatch.setattr(FakePlan, "launches", [])
-    kernels = LowLatencyKernels(FakeKernels(), FakeLock(), 0.5)
+    install_fakes(monkeypatch)
+    kernels = LowLatencyKernels(FakeKernels(), FakeLock(), TrafficStats(), 0.5)
+    kernels._current_stream = lambda: STREAM
     yield kernels
-    assert kernels._kernels.depth == 0
+    assert kernels._lock.held == 0
 
 
 def dispatch_request(
@@ -131,6 +35,17 @@ def dispatch_request(
     idx = torch.zeros((num_tokens, given.pop("num_topk", 2)), dtype=given.pop("idx_dtype", torch.int64))
     scale_format = given.pop("scale_format", None)
     return LowLatencyDispatch(x, idx, num_max, num_experts, scale_format, given.get("recv"), given.get("wait"))
+
+
+def dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook: bool) -> tuple[Any, Any]:
+    """The outputs by name, and the hook."""
+    (recv_x, count, handle), hook = ll.dispatch(request, with_hook)
+    rows, scales = recv_x if isinstance(recv_x, tuple) else (recv_x, None)
+    src_info, layout_range, num_max, hidden, num_experts = handle
+    assert (num_max, hidden, num_experts) == (request.num_max_tokens, request.x.shape[1], request.num_experts)
+    return SimpleNamespace(
+        rows=rows, scales=scales, count=count, src_info=src_info, layout_range=layout_range, handle=handle
+    ), hook
 
 
 def combine_request(output: Any, num_tokens: int = 3, num_topk: int = 2, **given: Any) -> LowLatencyCombine:
@@ -154,7 +69,7 @@ def combine_request(output: Any, num_tokens: int = 3, num_topk: int = 2, **given
 def test_outputs_of_a_dispatch(ll, scale_format):
     recv, wait = torch.zeros(2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
     request = dispatch_request(hidden=640, scale_format=scale_format, recv=recv, wait=wait)
-    output, hook = ll.dispatch(request, False)
+    output, hook = dispatch(ll, request, False)
     assert hook is None
     num_local, capacity = 2, 12  # rank 1 of 3 has 2 of 7 experts
     assert output.rows.shape == (num_local, capacity, 640)
@@ -172,42 +87,37 @@ def test_outputs_of_a_dispatch(ll, scale_format):
     assert output.src_info.is_contiguous()
     assert output.layout_range.is_contiguous()
     [(plan, *arguments)] = FakePlan.launches
-    x, idx, num_tokens, rows, small, recv_at, wait_at, part, num_sms, stream = arguments
+    x, idx, num_tokens, rows, scales, small, recv_at, wait_at, part, num_sms, stream = arguments
     assert (x, idx, num_tokens) == (request.x.data_ptr(), request.topk_idx.data_ptr(), 3)
     assert (recv_at, wait_at, part, num_sms, stream) == (recv.data_ptr(), wait.data_ptr(), WHOLE, 66, STREAM)
     assert rows == output.rows.data_ptr()
-    if scale_format is not None:
-        assert output.scales.data_ptr() == rows + plan.outputs.scales_at
+    assert scales == (0 if scale_format is None else output.scales.data_ptr())
     assert output.layout_range.data_ptr() == small
     assert output.count.data_ptr() == small + plan.outputs.recv_count_at
     assert output.src_info.data_ptr() == small + plan.outputs.src_info_at
     assert plan.shape == (7, 4, 640, -1 if scale_format is None else ["fp32", "pow2", "ue8m0"].index(scale_format))
-    assert getattr(output.src_info, cuda_ll.PLACES) == (
-        2,
-        small + plan.outputs.source_tokens_at,
-        small + plan.outputs.positions_at,
-    )
+    assert getattr(output.src_info, PLACES)[1] == small
 
 
 def test_outputs_are_fresh_memory(ll):
-    outputs = [ll.dispatch(dispatch_request(), False)[0] for _ in range(20)]
+    outputs = [dispatch(ll, dispatch_request(), False)[0] for _ in range(40)]
     for name in ("rows", "count", "src_info", "layout_range"):
-        assert len({getattr(output, name).data_ptr() for output in outputs}) == 20
+        assert len({getattr(output, name).data_ptr() for output in outputs}) == 40
 
 
 def test_the_region_is_reserved_once_and_serves_smaller_calls(ll):
     memory = ll._kernels.memory
     ll.dispatch(dispatch_request(num_max=8, num_topk=4), False)
     ll.dispatch(dispatch_request(num_max=4, num_topk=2, num_experts=3, hidden=128), False)
-    output, _ = ll.dispatch(dispatch_request(num_tokens=0, num_max=1, idx_dtype=torch.int32), False)
+    output, _ = dispatch(ll, dispatch_request(num_tokens=0, num_max=1, idx_dtype=torch.int32), False)
     ll.combine(combine_request(output, 0), False)
     shape = RegionShape(8, 4, 7, 256)
     assert memory.blocks == [shape.num_bytes(3)]
-    peers = ll._region.peers
+    peers = ll.regions.current.peers
     assert peers.clears == 1
     assert peers.regions == [base + 512 for base in memory.bases]
     assert peers.rest == (*shape, ll.masked.data_ptr(), ll._waits.data_ptr(), 0.5)
-    assert ll.usage() == {"region_bytes": shape.num_bytes(3), "retired_bytes": 0}
+    assert ll.regions.usage() == {"low_latency_bytes": shape.num_bytes(3)}
     # All ranks have cleared theirs before anyone uses it.
     assert [name for name, _ in memory.asked] == ["low-latency region", "low-latency region is ready"]
 
@@ -217,33 +127,35 @@ def test_a_larger_call_replaces_the_region(ll):
     ll.dispatch(dispatch_request(num_max=8, hidden=128), False)
     first = FakePlan.launches[-1][0]
     ll.dispatch(dispatch_request(num_max=4, hidden=512), False)
-    assert ll._region.shape == RegionShape(8, 2, 7, 512)
+    assert ll.regions.current.shape == RegionShape(8, 2, 7, 512)
     assert memory.returned == [512]
     ll.dispatch(dispatch_request(num_max=8, hidden=128), False)
     again = FakePlan.launches[-1][0]
-    assert again.peers is ll._region.peers is not first.peers
+    assert again.peers is ll.regions.current.peers is not first.peers
     assert again.signature == first.signature
 
 
 def test_a_region_stays_while_a_hook_needs_it(ll):
     memory = ll._kernels.memory
-    _, hook = ll.dispatch(dispatch_request(num_max=4), True)
+    _, hook = dispatch(ll, dispatch_request(num_max=4), True)
     ll.dispatch(dispatch_request(num_max=8), False)
     assert memory.returned == []
-    assert ll.usage()["retired_bytes"] == RegionShape(4, 2, 7, 256).num_bytes(3)
+    both = RegionShape(4, 2, 7, 256).num_bytes(3) + RegionShape(8, 2, 7, 256).num_bytes(3)
+    assert ll.regions.usage() == {"low_latency_bytes": both}
     hook()
     assert FakePlan.launches[-1][0] is FakePlan.launches[0][0]
     ll.dispatch(dispatch_request(num_max=16), False)
     assert memory.returned == [512, 1024]
-    assert ll.usage()["retired_bytes"] == 0
+    assert ll.regions.usage() == {"low_latency_bytes": RegionShape(16, 2, 7, 256).num_bytes(3)}
 
 
-def test_a_region_stays_while_a_graph_or_another_rank_needs_it(ll):
+def test_a_region_stays_while_a_graph_or_another_rank_needs_it(ll, monkeypatch):
     memory = ll._kernels.memory
     ll.dispatch(dispatch_request(num_max=4), False)
-    ll._kernels.capturing = True
+    capture(ll, monkeypatch)
     ll.dispatch(dispatch_request(num_max=4), False)
-    ll._kernels.capturing = False
+    assert FakePlan.captured == [False, True]
+    capture(ll, monkeypatch, False)
     ll.dispatch(dispatch_request(num_max=8), False)
     ll.dispatch(dispatch_request(num_max=16), False)
     assert memory.returned == [1024]
@@ -252,8 +164,8 @@ def test_a_region_stays_while_a_graph_or_another_rank_needs_it(ll):
     assert memory.returned == [1024]
 
 
-def test_no_region_is_reserved_under_capture(ll):
-    ll._kernels.capturing = True
+def test_no_region_is_reserved_under_capture(ll, monkeypatch):
+    capture(ll, monkeypatch)
     with pytest.raises(ConfigError, match="before the capture"):
         ll.dispatch(dispatch_request(), False)
     assert FakePlan.launches == []
@@ -282,7 +194,7 @@ def test_room_is_made_or_missed(ll):
 
 def test_a_hook_is_a_second_launch(ll):
     kernels, lock = ll._kernels, ll._lock
-    output, hook = ll.dispatch(dispatch_request(), True)
+    output, hook = dispatch(ll, dispatch_request(), True)
     assert [launch[-3] for launch in FakePlan.launches] == [SEND]
     hook()
     hook()
@@ -301,35 +213,38 @@ def test_a_hook_is_a_second_launch(ll):
 
 
 def test_a_third_outstanding_operation_is_refused(ll):
-    output, first = ll.dispatch(dispatch_request(), True)
+    dispatched, combined = "low_latency_dispatch", "low_latency_combine"
+    output, first = dispatch(ll, dispatch_request(), True)
+    ll.check_outstanding(dispatched)
+    with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
+        ll.check_outstanding(dispatched, num_others=1)
     second = ll.combine(combine_request(output), True)
-    for with_hook in (False, True):
+    for name in (dispatched, combined):
         with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
-            ll.dispatch(dispatch_request(), with_hook)
-        with pytest.raises(ConfigError, match="outstanding"):
-            ll.combine(combine_request(output), with_hook)
-    assert len(FakePlan.launches) == 2
+            ll.check_outstanding(name)
+    assert len(FakePlan.launches) == ll.num_pending == 2
     second()
-    ll.dispatch(dispatch_request(), False)
+    ll.check_outstanding(dispatched)
     first()
-    ll.dispatch(dispatch_request(), False)
+    assert ll.num_pending == 0
 
 
 def test_an_operation_may_not_use_the_set_of_an_outstanding_one(ll):
-    output, hook = ll.dispatch(dispatch_request(), True)
+    output, hook = dispatch(ll, dispatch_request(), True)
     ll.dispatch(dispatch_request(), False)
     with pytest.raises(ConfigError, match="from 2 calls ago"):
-        ll.dispatch(dispatch_request(), False)
-    ll.combine(combine_request(output), False)  # its sets are others
+        ll.check_outstanding("low_latency_dispatch")
+    ll.check_outstanding("low_latency_combine")  # its sets are others
+    ll.combine(combine_request(output), False)
     hook()
-    ll.dispatch(dispatch_request(), False)
+    ll.check_outstanding("low_latency_dispatch")
 
 
 def test_hooks_forgotten_by_recover_do_nothing(ll):
-    _, hook = ll.dispatch(dispatch_request(), True)
+    _, hook = dispatch(ll, dispatch_request(), True)
     ll.recover()
-    assert ll._region.num_pending == 0
-    assert ll._region.peers.clears == 2
+    assert ll.regions.current.num_pending == 0
+    assert ll.regions.current.peers.clears == 2
     ll.dispatch(dispatch_request(), True)
     num_launches = len(FakePlan.launches)
     hook()
@@ -337,7 +252,8 @@ def test_hooks_forgotten_by_recover_do_nothing(ll):
 
 
 def test_failures_of_kernels_are_raised_before_anything(ll):
-    _, hook = ll.dispatch(dispatch_request(), True)
+    _, hook = dispatch(ll, dispatch_request(), True)
+    ll._queue.state = -1
     ll._kernels.failure = PeerError("gone", operation="low_latency_dispatch", peer=2)
     with pytest.raises(PeerError):
         ll.dispatch(dispatch_request(), False)
@@ -347,12 +263,20 @@ def test_failures_of_kernels_are_raised_before_anything(ll):
 
 
 def test_combine_uses_positions_only_of_its_own_dispatch(ll):
-    output, _ = ll.dispatch(dispatch_request(), False)
-    places = getattr(output.src_info, cuda_ll.PLACES)
+    output, _ = dispatch(ll, dispatch_request(), False)
     ll.combine(combine_request(output), False)
-    assert FakePlan.launches[-1][4:6] == places[1:]
-    ll.combine(combine_request(output, src_info=output.src_info.clone()), False)
-    assert FakePlan.launches[-1][4:6] == (0, 0)
+    block = output.layout_range.data_ptr()
+    outputs = FakePlan.launches[0][0].outputs
+    assert FakePlan.launches[-1][4:6] == (block + outputs.source_tokens_at, block + outputs.positions_at)
+    for other in (output.src_info.clone(), copy.deepcopy(output.src_info)):
+        request = combine_request(output, src_info=other)
+        ll.combine(request, False)
+        assert FakePlan.launches[-1][1] == request.x.data_ptr()
+        assert FakePlan.launches[-1][4:6] == (0, 0)
+        # The rows leave in the receive part then, so they are kept as they were.
+        hook = ll.combine(request, True)
+        assert FakePlan.launches[-1][1] != request.x.data_ptr()
+        hook()
     ll.combine(combine_request(output, num_topk=1), False)
     assert FakePlan.launches[-1][4:6] == (0, 0)
 
@@ -386,26 +310,25 @@ def test_signatures_differ_by_what_must_agree(ll):
 
 
 def test_what_is_served(ll):
-    def row(hidden, dtype=torch.bfloat16):
-        return torch.empty((1, hidden), dtype=dtype)
-
-    assert ll.serves(row(136), 8, 128, 256)
-    assert ll.serves(row(128), 32, 128, 256, use_fp8=True)
-    assert not ll.serves(row(136), 8, 128, 256, use_fp8=True)
-    assert not ll.serves(row(132), 8, 128, 256)
-    assert not ll.serves(row(128, torch.float16), 8, 128, 256)
-    assert not ll.serves(row(128), 33, 128, 256)
-    assert not ll.serves(row(128), 8, 1 << 19, 256)
-    assert not ll.serves(row(128), 8, 128, 5000)
-    assert not ll.serves(torch.empty((1, 128), dtype=torch.bfloat16, device="meta"), 8, 128, 256)
+    assert ll.serves(136, 8, 128, 256)
+    assert ll.serves(128, 32, 128, 256, use_fp8=True)
+    assert not ll.serves(136, 8, 128, 256, use_fp8=True)
+    assert not ll.serves(132, 8, 128, 256)
+    assert not ll.serves(128, 33, 128, 256)
+    assert not ll.serves(128, 8, 1 << 19, 256)
+    assert not ll.serves(128, 8, 128, 5000)
 
 
 def test_refusals(ll):
-    ll.refuse(0)
+    ll.refuse("low_latency_dispatch")
     assert ll._kernels.memory.asked == [("low-latency region", None)]
     ll.dispatch(dispatch_request(), False)
-    ll.refuse(1)
-    assert ll._region.peers.refusals == [(1, STREAM)]
+    ll.refuse("low_latency_combine")
+    assert ll.regions.current.peers.refusals == [(1, STREAM)]
+    assert ll._queue.ended == [STREAM]
+    ll._queue.state = -1  # what has failed is not refused as well
+    ll.refuse("low_latency_combine")
+    assert ll.regions.current.peers.refusals == [(1, STREAM)]
 
 
 def test_masks_and_waits(ll):
@@ -415,3 +338,223 @@ def test_masks_and_waits(ll):
     assert ll.masked.tolist() == [0, 0, 0]
     ll._waits[1, 2] = 5
     assert ll.last_waits() == {"low_latency_dispatch": [0, 0, 0], "low_latency_combine": [0, 0, 5]}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Calls like one before
+
+
+def quick_dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook: bool = False, **other: Any) -> Any:
+    arguments = {
+        "x": request.x,
+        "topk_idx": request.topk_idx,
+        "num_max_tokens": request.num_max_tokens,
+        "num_experts": request.num_experts,
+        "recv_stats": request.recv_stats,
+        "wait_stats": request.wait_stats,
+        "flags": {None: (False, False, False), "fp32": (True, False, False), "pow2": (True, True, False)}[
+            request.scale_format
+        ],
+        "with_hook": with_hook,
+    }
+    return ll.try_dispatch(**{**arguments, **other})
+
+
+def quick_combine(ll: LowLatencyKernels, output: Any, request: LowLatencyCombine, **other: Any) -> Any:
+    arguments = {
+        "x": request.x,
+        "topk_idx": request.topk_idx,
+        "topk_weights": request.topk_weights,
+        "handle": output.handle,
+        "out": request.out,
+        "wait_stats": None,
+        "sum_at_home": False,
+        "with_hook": False,
+    }
+    return ll.try_combine(**{**arguments, **other})
+
+
+@pytest.mark.parametrize("scale_format", [None, "fp32", "pow2"])
+def test_a_call_like_one_before_launches_the_same(ll, scale_format):
+    given = {"recv": torch.zeros(2, dtype=torch.int32), "wait": torch.zeros(3, dtype=torch.int64)}
+    request = dispatch_request(scale_format=scale_format, **given)
+    assert quick_dispatch(ll, request) is None
+    output, _ = dispatch(ll, request, False)
+    assert quick_dispatch(ll, dispatch_request(num_experts=6, scale_format=scale_format)) is None
+    # The number of tokens may vary.
+    other = dispatch_request(num_tokens=4, scale_format=scale_format, **given)
+    (recv_x, count, handle), hook = quick_dispatch(ll, other)
+    assert hook is None
+    assert handle[2:] == output.handle[2:]
+    first, second = FakePlan.launches
+    assert second[0].__class__ is FakePlan
+    assert second[1:4] == (other.x.data_ptr(), other.topk_idx.data_ptr(), 4)
+    assert second[7:] == first[7:]
+    rows = recv_x[0] if scale_format else recv_x
+    for new, old in ((rows, output.rows), (count, output.count), (handle[0], output.src_info)):
+        assert (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
+        assert new.data_ptr() != old.data_ptr()
+    assert ll._traffic.dispatch_calls == 2
+    assert ll._traffic.dispatch_rows == 7
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": None},
+        {"x": torch.zeros(256, dtype=torch.bfloat16)},
+        {"x": torch.zeros((3, 256))},
+        {"x": torch.zeros((2, 256), dtype=torch.bfloat16)},
+        {"x": torch.zeros((256, 3), dtype=torch.bfloat16).t()},
+        {"x": torch.zeros(3 * 256 + 1, dtype=torch.bfloat16)[1:].view(3, 256)},
+        {"topk_idx": [[0, 0]] * 3},
+        {"topk_idx": torch.zeros((3, 2), dtype=torch.int32)},
+        {"topk_idx": torch.zeros((2, 3), dtype=torch.int64).t()},
+        {"num_max_tokens": 2},
+        {"num_max_tokens": None},
+        {"num_experts": torch.ones(2)},
+        {"flags": (False, True, False)},
+        {"recv_stats": torch.zeros(3, dtype=torch.int32)},
+        {"recv_stats": torch.zeros(2, dtype=torch.int64)},
+        {"wait_stats": torch.zeros((3, 2), dtype=torch.int64)[:, 0]},
+        {"wait_stats": 1},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_what_is_new_or_wrong_is_left_to_the_checks(ll, wrong):
+    request = dispatch_request()
+    ll.dispatch(request, False)
+    assert quick_dispatch(ll, request, **wrong) is None
+    assert len(FakePlan.launches) == 1
+    assert quick_dispatch(ll, request) is not None
+
+
+def test_more_tokens_than_agreed_are_left_to_the_checks(ll):
+    ll.dispatch(dispatch_request(), False)
+    assert quick_dispatch(ll, dispatch_request(num_tokens=5)) is None
+
+
+def test_a_combine_like_one_before_launches_the_same(ll):
+    output, _ = dispatch(ll, dispatch_request(), False)
+    request = combine_request(output)
+    assert quick_combine(ll, output, request) is None
+    ll.combine(request, False)
+    out, hook = quick_combine(ll, output, request)
+    assert out is request.out
+    assert hook is None
+    out, _ = quick_combine(ll, output, request, out=None)
+    assert (out.shape, out.dtype) == (request.out.shape, torch.bfloat16)
+    assert FakePlan.launches[2] == FakePlan.launches[1]
+    assert FakePlan.launches[3][9] == out.data_ptr()
+    assert FakePlan.launches[3][:9] == FakePlan.launches[1][:9]
+    assert ll._traffic.combine_calls == 3
+
+
+@pytest.mark.parametrize("name", ["x", "topk_idx", "topk_weights", "handle", "out", "wait_stats", "sum_at_home"])
+def test_combines_with_something_new_are_left_to_the_checks(ll, name):
+    output, _ = dispatch(ll, dispatch_request(), False)
+    request = combine_request(output)
+    ll.combine(request, False)
+    src_info, ranges, *numbers = output.handle
+    wrong = {
+        "x": [request.x.float(), request.x[:1], request.x.transpose(0, 1), None],
+        "topk_idx": [request.topk_idx.int(), request.topk_idx[:, :1], torch.zeros((5, 2), dtype=torch.int64), 3],
+        "topk_weights": [request.topk_weights.double(), request.topk_weights[:2], request.topk_weights.t(), None],
+        "handle": [
+            None,
+            output.handle[:4],
+            (src_info.clone(), ranges, *numbers),
+            (copy.deepcopy(src_info), ranges, *numbers),
+            (src_info, ranges.clone(), *numbers),
+            (src_info, ranges, numbers[0] + 1, *numbers[1:]),
+        ],
+        "out": [request.out.float(), request.out[:2], torch.zeros((256, 3), dtype=torch.bfloat16).t(), 1],
+        "wait_stats": [torch.zeros(3), torch.zeros(2, dtype=torch.int64)],
+        "sum_at_home": [True],
+    }
+    for value in wrong[name]:
+        assert quick_combine(ll, output, request, **{name: value}) is None
+    assert len(FakePlan.launches) == 2
+
+
+def test_calls_like_before_use_the_new_region(ll):
+    output, _ = dispatch(ll, dispatch_request(), False)
+    request = combine_request(output)
+    ll.combine(request, False)
+    ll.dispatch(dispatch_request(num_max=8), False)
+    assert quick_dispatch(ll, dispatch_request()) is None
+    assert quick_combine(ll, output, request) is None
+    ll.dispatch(dispatch_request(), False)
+    quick_dispatch(ll, dispatch_request())
+    assert FakePlan.launches[-1][0].peers is ll.regions.current.peers
+
+
+def test_a_region_that_another_thread_replaced_is_not_used(ll):
+    output, _ = dispatch(ll, dispatch_request(), False)
+    request = combine_request(output)
+    ll.combine(request, False)
+
+    class Lock(FakeLock):
+        def __enter__(self) -> None:
+            super().__enter__()
+            ll.dispatch(dispatch_request(num_max=2 * ll.regions.current.shape.num_max_tokens), False)
+
+    plain, num_launches = ll._lock, len(FakePlan.launches)
+    ll._lock = Lock()
+    assert quick_dispatch(ll, dispatch_request()) is None
+    assert len(FakePlan.launches) == num_launches + 1
+    ll._lock = plain
+    ll.dispatch(dispatch_request(), False)
+    ll.combine(request, False)
+    ll._lock = Lock()
+    assert quick_combine(ll, output, request) is None
+    assert [launch[-3] for launch in FakePlan.launches] == [WHOLE] * (num_launches + 4)
+
+
+def test_calls_like_before_count_as_outstanding(ll):
+    output, _ = dispatch(ll, dispatch_request(), False)
+    ll.combine(combine_request(output), False)
+    _, first = quick_dispatch(ll, dispatch_request(), with_hook=True)
+    _, second = quick_combine(ll, output, combine_request(output), with_hook=True)
+    assert ll.num_pending == 2
+    num_launches = len(FakePlan.launches)
+    with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
+        quick_dispatch(ll, dispatch_request())
+    with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
+        quick_combine(ll, output, combine_request(output))
+    assert len(FakePlan.launches) == num_launches
+    first()
+    second()
+    assert ll.num_pending == 0
+    assert [launch[-3] for launch in FakePlan.launches[-2:]] == [RECEIVE, RECEIVE]
+
+
+def test_captured_outputs_have_blocks_of_their_own(ll, monkeypatch):
+    ll.dispatch(dispatch_request(), False)
+    capture(ll, monkeypatch)
+    ranges = [quick_dispatch(ll, dispatch_request())[0][2][1] for _ in range(3)]
+    assert len({each.untyped_storage().data_ptr() for each in ranges}) == 3
+    assert FakePlan.captured == [False, True, True, True]
+    assert ll.regions.current.is_leased
+
+
+def test_outputs_made_in_inference_mode_can_be_changed_outside(ll):
+    with torch.inference_mode():
+        ll.dispatch(dispatch_request(), False)
+    (_, count, handle), _ = quick_dispatch(ll, dispatch_request())
+    count.zero_()
+    handle[0].zero_()
+    handle[1].zero_()
+
+
+@pytest.mark.parametrize("num_max", [1, 4])
+def test_scales_are_stored_with_tokens_innermost(ll, num_max):
+    output, _ = dispatch(ll, dispatch_request(1, 128, num_max, scale_format="fp32"), False)
+    assert output.scales.stride() == (3 * num_max, 1, 3 * num_max)
+
+
+def test_hooks_of_a_destroyed_buffer_raise(ll):
+    _, hook = ll.dispatch(dispatch_request(), True)
+    ll.close()
+    with pytest.raises(BufferDestroyed, match="low_latency_dispatch"):
+        hook()

@@ -41,6 +41,7 @@ USAGE_KEYS = {
     "used_bytes",
     "free_bytes",
     "largest_free_bytes",
+    "low_latency_bytes",
     "staging_bytes",
     "leased_bytes",
     "stand_in_bytes",

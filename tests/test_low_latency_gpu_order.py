@@ -129,6 +129,10 @@ def run_outstanding(ctx: RankContext) -> None:
         hooks.append(buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False, return_recv_hook=True)[4])
     with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
         buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False)
+    # Nobody else learns of it, and one rank alone may try once too often.
+    if ctx.rank == 0:
+        with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
+            buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False, return_recv_hook=True)
     hooks[0]()
     hooks[1]()
     with pytest.raises(ConfigError, match="exclude each other"):
@@ -238,6 +242,65 @@ def test_graphs(on_gpus, num_ranks, hooked):
 # Statistics of waits
 
 
+def run_rows_written_before_the_hook(ctx: RankContext) -> None:
+    """A handle whose src_info is a copy: combine has to look rows up, and they may be written before its hook."""
+    buffer = make_buffer(ctx)
+    x, idx, weights = (t.to(ctx.device) for t in make_inputs(LowLatencyCase(), ctx.rank))
+    rows, _, _, handle = _dispatched(buffer, x, idx, weights)
+    want = buffer.low_latency_combine(rows, idx, weights, handle)[0]
+    copied = (handle[0].clone(), *handle[1:])
+    combined, _, hook = buffer.low_latency_combine(rows, idx, weights, copied, return_recv_hook=True)
+    rows.fill_(float("nan"))
+    hook()
+    expect_bits(combined, want, "rows written before the hook")
+    finished(buffer)
+
+
+@pytest.mark.gpu
+def test_rows_may_be_written_before_the_hook(on_gpus):
+    on_gpus(2)
+    run_ranks(2, run_rows_written_before_the_hook)
+
+
+def run_repeated_calls(ctx: RankContext) -> None:
+    """Calls that skip the detailed checks: outputs stay as they were while later ones come, on any stream."""
+    buffer = make_buffer(ctx)
+    case = LowLatencyCase(ctx.num_ranks, (20,) * ctx.num_ranks, 32, 1024, 4, 8)
+    x, idx, weights = (t.to(ctx.device) for t in make_inputs(case, ctx.rank))
+    stats = torch.zeros(8 // ctx.num_ranks, dtype=torch.int32, device=ctx.device)
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    first, kept = None, []
+    for number in range(60):
+        with torch.cuda.stream(streams[number % 3 if number >= 30 else 0]):
+            recv, count, handle, _, _ = buffer.low_latency_dispatch(
+                x, idx, 32, 8, cumulative_local_expert_recv_stats=stats
+            )
+            rows = torch.ones(recv[0].shape, dtype=torch.bfloat16, device=ctx.device)
+            combined = buffer.low_latency_combine(rows, idx, weights, handle)[0]
+        first = first or (*recv, count, handle, combined)
+        kept.append((*recv, count, handle, combined))
+    finished(buffer)
+    used = used_rows(first[2], first[0].shape[1])
+    for number, (q, scales, count, handle, combined) in enumerate(kept):
+        expect_bits(count, first[2], f"counts of call {number}")
+        expect_bits(combined, first[4], f"call {number}")
+        expect_bits(handle[1], first[3][1], f"ranges of call {number}")
+        for got, want in ((q, first[0]), (scales, first[1]), (handle[0][..., None], first[3][0][..., None])):
+            some = [t.contiguous().view(torch.uint8).cpu().flatten(0, 1)[used] for t in (got, want)]
+            expect_bits(some[0], some[1], f"outputs of call {number}")
+    assert stats.tolist() == (60 * first[2]).tolist()
+    assert buffer.memory_usage()["low_latency_bytes"] > 0
+    assert buffer.traffic.dispatch_calls >= 60
+    ctx.barrier()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_repeated_calls(on_gpus, num_ranks):
+    on_gpus(num_ranks)
+    run_ranks(num_ranks, run_repeated_calls)
+
+
 def run_waits(ctx: RankContext) -> dict[str, list[float]]:
     """Milliseconds that each rank waited for each, when rank 1 was late by a second in both operations."""
     buffer = make_buffer(ctx)
@@ -292,7 +355,9 @@ def run_without(ctx: RankContext, lost: int, how: str, shrink: bool) -> Any:
     num_experts = 2 * ctx.num_ranks
     case = LowLatencyCase(ctx.num_ranks, (6,) * ctx.num_ranks, num_experts=num_experts, seed=31)
     x, idx, weights = (t.to(ctx.device) for t in make_inputs(case, ctx.rank))
-    buffer = make_buffer(ctx, timeout_s=2.0, enable_shrink=shrink, low_latency_mode=True)
+    # Of the two deadlines the other one is far off.
+    deadlines = {"mask_timeout_us": 2_000_000} if shrink else {"timeout_s": 2.0, "mask_timeout_us": 1}
+    buffer = make_buffer(ctx, enable_shrink=shrink, low_latency_mode=True, **deadlines)
     full = run_pair(buffer, case, x, idx, weights)
     finished(buffer)
     ctx.barrier()

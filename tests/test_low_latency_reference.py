@@ -1,5 +1,7 @@
 """Low-latency dispatch and combine against the reference: packing, FP8, weights, hooks, statistics, masks."""
 
+import time
+
 import pytest
 import reference as ref
 import torch
@@ -234,6 +236,38 @@ def test_masked_rank_is_skipped(spawn_fresh):
         expect_bits(
             combined, ref.low_latency_combine(blocks, topk, weights, 6, rank, masked=[2]), f"combined on rank {rank}"
         )
+
+
+def run_silent_rank(ctx: RankContext):
+    buffer = ll_buffer(ctx, enable_shrink=True, timeout_s=100, mask_timeout_us=1_000_000)
+    x, idx, weights = (t.to(ctx.device) for t in make_inputs(LowLatencyCase(3, (6, 3, 5), num_experts=6), ctx.rank))
+    full = buffer.low_latency_dispatch(x, idx, 8, 6)[1].tolist()
+    ctx.barrier()
+    if ctx.rank == 2:
+        ctx.barrier()
+        return None
+    started = time.monotonic()
+    recv, count, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, 6, use_fp8=False)
+    waits = buffer.last_waits()["low_latency_dispatch"]
+    combined = buffer.low_latency_combine(recv, idx, weights, handle)[0]
+    seconds = time.monotonic() - started
+    status = torch.full((3,), 9, dtype=torch.int32, device=ctx.device)
+    buffer.low_latency_query_mask_buffer(status)
+    later = buffer.low_latency_combine(recv, idx, weights, handle)[0]
+    ctx.barrier()
+    return to_cpu((full, count, combined, later)), status.tolist(), seconds, waits
+
+
+def test_a_silent_rank_is_masked_after_its_own_deadline(spawn_fresh):
+    results = spawn_fresh(3, run_silent_rank)
+    for rank in (0, 1):
+        (full, count, combined, later), status, seconds, waits = results[rank]
+        assert status == [0, 0, 1]
+        assert sum(full) > int(count.sum()) > 0
+        assert 0.8 < seconds < 30
+        assert waits[2] > 0.8e9 > waits[1 - rank]
+        assert waits[rank] == 0
+        expect_bits(later, combined, f"rank {rank}: combined again")
 
 
 @pytest.mark.parametrize(

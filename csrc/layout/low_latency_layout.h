@@ -87,6 +87,8 @@ struct alignas(128) LowLatencyControl {
 
 constexpr int kPacketBytes = 16;
 constexpr int kPacketTokens = 128;  // of a rank, at most, whose rows may be packets
+constexpr int kPacketRanks =
+    16;  // with more of them none are: the memory would exceed what callers reckon with
 // A step in packets: twelve bytes and an epoch each, three a lane; the last word of a lane has room for a scale.
 constexpr int kStepPackets = 3;
 constexpr int kPacketStepBytes = kStepPackets * 32 * kPacketBytes;
@@ -127,7 +129,8 @@ struct LowLatencyLayout {
         layout.num_topk = num_topk;
         layout.num_max_local_experts = num_max_local_experts;
         layout.slot_bytes = padded(2 * hidden + 4 * ((hidden + 127) / 128));
-        layout.packet_tokens = num_max_tokens < kPacketTokens ? num_max_tokens : kPacketTokens;
+        const int packet_tokens = num_max_tokens < kPacketTokens ? num_max_tokens : kPacketTokens;
+        layout.packet_tokens = num_ranks <= kPacketRanks ? packet_tokens : 0;
         layout.packet_row_bytes = (2 * hidden + kStepBytes - 1) / kStepBytes * kPacketStepBytes;
         const int64_t selections = static_cast<int64_t>(num_max_tokens) * num_topk;
         layout.dispatch_metadata_bytes =

@@ -1,19 +1,15 @@
-// Where the results of a low-latency dispatch lie in the two blocks of ordinary memory that the host allocates for them:
-// rows with their scales, and the small ones. Shared with the host's tensors by deep_ep._C.
+// Where the small results of a low-latency dispatch lie in the block of ordinary memory that the host cuts for them. (Rows
+// and scales are tensors of their own.) Shared with the host's tensors by deep_ep._C.
 #pragma once
 
 #include <cstdint>
 
-#include "layout/fp8_format.h"
 #include "layout/low_latency_layout.h"
 
 namespace deep_ep {
 
 // In bytes from the start of their block.
 struct LowLatencyOutputs {
-    // Rows [L, R * M, hidden] at 0, scales [L, S, R * M].
-    int64_t scales_at;
-    int64_t rows_block_bytes;
     // layout_range int64 [L, R] at 0, then the ticket of a call with a receive hook.
     int64_t ticket_at;
     int64_t recv_count_at;     // int32 [L]
@@ -22,14 +18,11 @@ struct LowLatencyOutputs {
     int64_t positions_at;      // int32 [R, M, K]
     int64_t small_block_bytes;
 
-    // scale_columns: 0 for bf16 rows.
     static LowLatencyOutputs make(int64_t num_local, int64_t num_ranks, int64_t num_max_tokens,
-                                  int64_t num_topk, int64_t row_bytes, int64_t scale_columns) {
+                                  int64_t num_topk) {
         constexpr auto kPadded = &LowLatencyLayout::padded;
         const int64_t capacity = num_ranks * num_max_tokens;
         LowLatencyOutputs outputs{};
-        outputs.scales_at = kPadded(num_local * capacity * row_bytes);
-        outputs.rows_block_bytes = outputs.scales_at + kPadded(num_local * capacity * scale_columns * 4);
         outputs.ticket_at = num_local * num_ranks * 8;
         outputs.recv_count_at = kPadded(outputs.ticket_at + 8);
         outputs.src_info_at = outputs.recv_count_at + kPadded(num_local * 4);

@@ -26,16 +26,24 @@ bool StreamOrder::begin(Stream stream) {
     }
     if (status != cudaStreamCaptureStatusNone) return true;
     if (any_ && last_ != stream) {
+        if (!several_) record();
+        several_ = true;
         check_cuda(cudaStreamWaitEvent(cuda_stream, static_cast<cudaEvent_t>(event_), 0), "ordering streams");
     }
     return false;
 }
 
 void StreamOrder::end(Stream stream) {
-    check_cuda(cudaEventRecord(static_cast<cudaEvent_t>(event_), static_cast<cudaStream_t>(stream)),
-               "recording an event");
     last_ = stream;
     any_ = true;
+    // A stream that the caller made may be gone, or captured, when the next one comes; the default stream never is.
+    if (stream != nullptr) several_ = true;
+    if (several_) record();
+}
+
+void StreamOrder::record() {
+    check_cuda(cudaEventRecord(static_cast<cudaEvent_t>(event_), static_cast<cudaStream_t>(last_)),
+               "recording an event");
 }
 
 void StreamOrder::close() noexcept {

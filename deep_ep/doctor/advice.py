@@ -37,6 +37,7 @@ VARIABLES = frozenset(
         "DEEP_EP_CUDA_ARCHS",
         "DEEP_EP_DEBUG_DELAYS",
         "DEEP_EP_ENGINE",
+        "DEEP_EP_MASK_TIMEOUT_US",
         "DEEP_EP_MAX_POOL_BYTES",
         "DEEP_EP_NVL_DOMAIN",
         "DEEP_EP_PYTHON",
@@ -71,7 +72,7 @@ def choose_engine(software: Software, gpus: Gpus, host: Host) -> EngineChoice:
     if not obstacle:
         reasons = [
             "every GPU here reaches the memory of every other, so kernels move rows between them directly",
-            "CPU tensors, low-latency calls and rows that are no multiple of 16 bytes take the portable engine",
+            "CPU tensors, LogFMT and rows that are no multiple of 16 bytes take the portable engine",
         ]
         domain = host.environment.get("DEEP_EP_NVL_DOMAIN", "")
         if domain:

@@ -120,20 +120,10 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         if not self._capturing:
             self._order.end(self._stream)
 
-    def enter(self, stream: int | None = None) -> tuple[int, bool]:
-        """`begin` for kernels of other modules, on the current stream or on this one.
-
-        Returns:
-            the stream's handle, and whether it is being captured; both are for `leave`.
-        """
-        if stream is None:
-            stream = torch._C._cuda_getCurrentRawStream(self._index)
-        return stream, self._order.begin(stream)
-
-    def leave(self, stream: int, capturing: bool) -> None:
-        """`end` for `enter`."""
-        if not capturing:
-            self._order.end(stream)
+    @property
+    def order(self) -> _C.StreamOrder:
+        """The order of the buffer's operations on different streams."""
+        return self._order
 
     @property
     def domain(self) -> _C.PeerDomain:
@@ -142,8 +132,8 @@ class CudaKernels(DispatchOutputs, CombineInputs):
 
     def blocks(self, num_sms: int) -> int:
         """Blocks that may wait for peers at once: all buffers of all ranks on this GPU must find room side by side."""
-        most = self._num_sms // (self.memory.num_sharing * _num_buffers[self.device])
-        return max(min(num_sms, most), 1)
+        most = self._num_sms // (self.memory.num_sharing * _num_buffers[self.device]) or 1
+        return most if num_sms > most else num_sms or 1
 
     # Operations.
 
@@ -375,12 +365,17 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         if refused is not None:
             raise refusal(refused)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a failure has been raised, and nothing recovered from it since."""
+        return self._failure is not None
+
     def raise_failure(self, operation: str) -> NoReturn:
         """Raise the first failure that a kernel reported; the buffer is unusable until `recover`."""
         if self._failure is None:
             record = self._domain.error()
             if record is not None:
-                self._failure = failure(record, self.rank, self.timeout_s)
+                self._failure = failure(record, self.rank, self.timeout_s, self.launches)
             else:
                 self._failure = never_ran(operation, 2 * self.timeout_s + 10)
             if self._push is not None:

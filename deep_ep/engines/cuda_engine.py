@@ -131,7 +131,7 @@ class CudaEngine(PortableEngine):
         self._prefix_shape = (memory.num_ranks, memory.num_ranks)
         self.ranks_per_gpu = memory.max_sharing  # the same on all ranks, since default budgets depend on it
         self.kernels = CudaKernels(memory, timeout_s, self.traffic)
-        self.low_latency = LowLatencyKernels(self.kernels, self.lock, mask_after_s)
+        self.low_latency = LowLatencyKernels(self.kernels, self.lock, self.traffic, mask_after_s)
 
     def serves(self, x: object, use_fp8: bool = False) -> bool:
         return self.kernels.serves(x, use_fp8)
@@ -236,7 +236,7 @@ class CudaEngine(PortableEngine):
         self.kernels.check_results()
 
     def memory_usage(self) -> dict[str, int]:
-        return self.memory.usage()
+        return {**self.memory.usage(), **self.low_latency.regions.usage()}
 
     def recover(self, members: Members) -> None:
         with self.lock:

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import ConfigError
 from ..event import EventHandle, EventOverlap
 from .calls import Call, tensors_in
 
 if TYPE_CHECKING:
     from .portable import PortableEngine
 
-_KINDS = {"low_latency_dispatch": 0, "low_latency_combine": 1}
+
+#: Low-latency operations of a buffer whose receive hooks have not been called.
+MAX_OUTSTANDING = 2
+
+
+def check_num_outstanding(operation: str, num_pending: int) -> None:
+    """Whether another operation may begin.
+
+    Raises:
+        ConfigError: there are `MAX_OUTSTANDING` already.
+    """
+    if num_pending >= MAX_OUTSTANDING:
+        raise ConfigError(
+            f"{operation}: {num_pending} low-latency operations are outstanding, which is the most that a buffer "
+            "holds. Call their receive hooks first (one that was dropped without being called needs `recover`)"
+        )
+
+
+class ReceiveHook:
+    """Finishes a low-latency operation when called; calling it again does nothing."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish: Callable[[], None] | None = finish
+
+    @property
+    def pending(self) -> bool:
+        """True until the hook is called."""
+        return self._finish is not None
+
+    def __call__(self) -> None:
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            with torch.no_grad():
+                finish()
 
 
 class LowLatencyCall(Call):
@@ -21,13 +56,23 @@ class LowLatencyCall(Call):
     Args:
         kernels: `LowLatencyKernels` that serve the operation, or None.
         inputs: tensors that an asynchronous operation reads.
+        check_room: called first, under the lock, with the operation and its kernels. What it raises keeps this rank out
+            of the operation: the peers are not told, so that the call can be made again.
     """
 
     def __init__(
-        self, engine: PortableEngine, operation: str, kernels: Any, inputs: object, async_finish: bool
+        self,
+        engine: PortableEngine,
+        operation: str,
+        kernels: Any,
+        inputs: object,
+        async_finish: bool,
+        check_room: Callable[[str, Any], None],
     ) -> None:
         super().__init__(engine, operation, inputs, None, async_finish)
         self._kernels = kernels
+        self._check_room = check_room
+        self._takes_part = False
         self._contexts: list[Any] = []
         self._outputs: object = None
 
@@ -35,10 +80,12 @@ class LowLatencyCall(Call):
         self._outputs = outputs
 
     def _enter(self) -> None:
+        self._check_room(self.operation, self._kernels)
+        self._takes_part = True
         if self._kernels is None:
             return
         device = self._kernels.device
-        if torch._C._cuda_getDevice() != device.index:  # the current device is that of the thread
+        if self._kernels.current_device() != self._kernels.index:  # the current device is that of the thread
             self._push(torch.cuda.device(device))
         if self.async_finish:
             comm = self.engine.get_comm_stream()
@@ -55,10 +102,12 @@ class LowLatencyCall(Call):
             self.event = EventOverlap(EventHandle(), tuple(tensors_in((self.inputs, self._outputs))))
 
     def _fail(self, error: BaseException) -> None:
+        if not self._takes_part:
+            return
         if self._kernels is None:
             super()._fail(error)
         elif not self.started and isinstance(error, Exception):
-            self._kernels.refuse(_KINDS[self.operation])
+            self._kernels.refuse(self.operation)
 
     def _unwind(self) -> None:
         try:

@@ -31,6 +31,8 @@ _Gloo: Any = dist.ProcessGroupGloo
 _TcpStore: Any = dist.TCPStore  # type: ignore[attr-defined]
 
 DEFAULT_TIMEOUT_S = 300.0
+#: Longer than ranks fall apart in a warmed-up service, shorter than its clients wait.
+DEFAULT_MASK_TIMEOUT_S = 10.0
 WARN_AFTER_S = 10.0
 _NUM_PHASES = 4
 
@@ -106,15 +108,30 @@ def resolve_timeout(timeout_s: float | None) -> float:
     Raises:
         ConfigError: not a positive number.
     """
-    text = os.environ.get("DEEP_EP_TIMEOUT_S", "").strip()
-    source = "timeout_s" if timeout_s is not None or not text else "DEEP_EP_TIMEOUT_S"
-    raw: object = timeout_s if timeout_s is not None else (text or DEFAULT_TIMEOUT_S)
+    return _positive(timeout_s, "timeout_s", "DEEP_EP_TIMEOUT_S", DEFAULT_TIMEOUT_S, "seconds")
+
+
+def resolve_mask_timeout(mask_timeout_us: float | None) -> float:
+    """Seconds until a rank that does not come is masked: the argument, `DEEP_EP_MASK_TIMEOUT_US`, or 10.
+
+    Raises:
+        ConfigError: not a positive number.
+    """
+    default_us = DEFAULT_MASK_TIMEOUT_S * 1e6
+    name, variable = "mask_timeout_us", "DEEP_EP_MASK_TIMEOUT_US"
+    return _positive(mask_timeout_us, name, variable, default_us, "microseconds") / 1e6
+
+
+def _positive(given: float | None, name: str, variable: str, default: float, unit: str) -> float:
+    text = os.environ.get(variable, "").strip()
+    source = name if given is not None or not text else variable
+    raw: object = given if given is not None else (text or default)
     try:
         value = float(raw)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         value = -1.0
     if not 0.0 < value < float("inf"):
-        raise ConfigError(f"{source}={raw!r}: expected a positive number of seconds")
+        raise ConfigError(f"{source}={raw!r}: expected a positive number of {unit}")
     return value
 
 
@@ -167,7 +184,7 @@ class Mesh:
         self.timeout_s = timeout_s
         self._operation_number = 0
         self._operation = "construction"
-        self._deadline = 0.0
+        self._deadline = self._allowed_s = 0.0
         self._broken: DeepEPError | None = None
         #: Nanoseconds that the operation so far waited for messages of each rank.
         self.last_wait_ns = [0] * members.size
@@ -248,8 +265,8 @@ class Mesh:
         self._operation_number = 0
         self._broken = None
 
-    def begin(self, operation: str) -> None:
-        """Start the next operation: a new range of tags and a new deadline.
+    def begin(self, operation: str, timeout_s: float = 0.0) -> None:
+        """Start the next operation: a new range of tags and a new deadline, after ``timeout_s`` if that is above 0.
 
         Raises:
             BufferDestroyed: the mesh is closed or a failed wait left it unusable.
@@ -261,7 +278,8 @@ class Mesh:
             )
         self._operation_number += 1
         self._operation = operation
-        self._deadline = time.monotonic() + self.timeout_s
+        self._allowed_s = timeout_s or self.timeout_s
+        self._deadline = time.monotonic() + self._allowed_s
         self.last_wait_ns = [0] * self.size
 
     def post(self, phase: int, peer: int, message: torch.Tensor) -> None:
@@ -376,6 +394,8 @@ class Mesh:
         """Report or raise the loss of a peer. ``error`` is gloo's text."""
         if tolerate:
             logger.warning("deep_ep: rank %d lost rank %d in %s (%s)", self.rank, peer, self._operation, what)
+            # The time that this one took is not to be missing for those that come.
+            self._deadline = time.monotonic() + self._allowed_s
             return
         # gloo puts its source position in front, and advice that does not fit here behind.
         first_line = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", error.splitlines()[0]) if error else "no reason given"

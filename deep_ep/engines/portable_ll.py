@@ -65,9 +65,13 @@ class LowLatencyCombine:
 
 
 def dispatch(
-    engine: PortableEngine, request: LowLatencyDispatch, masked: set[int], tolerate: bool
+    engine: PortableEngine, request: LowLatencyDispatch, masked: set[int], mask_after_s: float
 ) -> tuple[LowLatencyOutput, Callable[[], None]]:
-    """Exchange the tokens. Ranks in ``masked`` are left out; with ``tolerate`` lost ranks are added to it.
+    """Exchange the tokens.
+
+    Args:
+        masked: ranks that are left out.
+        mask_after_s: above 0, ranks that are lost, or have not come after so many seconds, are added to ``masked``.
 
     Returns:
         the outputs, and the function that writes them.
@@ -95,14 +99,14 @@ def dispatch(
     send_counts = in_rank.sum(0).tolist()
     header = Header("low_latency_dispatch", num_ranks, signature, num_tokens=rows.shape[0], send_counts=send_counts)
     peers = [peer for peer in range(num_ranks) if peer != rank and peer not in masked]
-    headers, lost = protocol.agree(mesh, header, peers=peers, tolerate=tolerate)
+    headers, lost = protocol.agree(mesh, header, peers=peers, mask_after_s=mask_after_s)
     sends: list[torch.Tensor | None] = [None] * num_ranks
     recvs: list[torch.Tensor | None] = [None] * num_ranks
     for peer in headers:
         sends[peer] = ops.gather_rows(table, in_rank[:, peer].nonzero()[:, 0])
         recvs[peer] = torch.empty((headers[peer].send_counts[rank], table.shape[1]), dtype=torch.uint8)
     recvs[rank] = sends[rank]
-    lost += mesh.exchange(ROWS_PHASE, "rows", sends, recvs, tolerate=tolerate)
+    lost += mesh.exchange(ROWS_PHASE, "rows", sends, recvs, tolerate=mask_after_s > 0)
     masked.update(lost)
     engine.traffic.add_dispatch(
         sum(send_counts),
@@ -163,8 +167,10 @@ def _fan_out(
             output.scales[expert, :count] = columns[1][picked].to(output.scales.device)
 
 
-def combine(engine: PortableEngine, request: LowLatencyCombine, masked: set[int], tolerate: bool) -> Callable[[], None]:
-    """Send the experts' rows home.
+def combine(
+    engine: PortableEngine, request: LowLatencyCombine, masked: set[int], mask_after_s: float
+) -> Callable[[], None]:
+    """Send the experts' rows home. Masks are as for `dispatch`.
 
     Returns:
         the function that sums them into ``request.out``.
@@ -208,7 +214,7 @@ def combine(engine: PortableEngine, request: LowLatencyCombine, masked: set[int]
         send_counts=[len(marks[dst]) if dst in marks else 0 for dst in range(num_ranks)],
         payload_bytes=[payloads[dst].numel() if dst in payloads else 0 for dst in range(num_ranks)],
     )
-    headers, lost = protocol.agree(mesh, header, peers=peers, tolerate=tolerate)
+    headers, lost = protocol.agree(mesh, header, peers=peers, mask_after_s=mask_after_s)
     sends: list[torch.Tensor | None] = [None] * num_ranks
     recvs: list[torch.Tensor | None] = [None] * num_ranks
     for peer in headers:
@@ -216,7 +222,7 @@ def combine(engine: PortableEngine, request: LowLatencyCombine, masked: set[int]
         size = 8 * headers[peer].send_counts[rank] + headers[peer].payload_bytes[rank]
         recvs[peer] = torch.empty(size, dtype=torch.uint8)
     recvs[rank] = sends[rank]
-    lost += mesh.exchange(ROWS_PHASE, "rows", sends, recvs, tolerate=tolerate)
+    lost += mesh.exchange(ROWS_PHASE, "rows", sends, recvs, tolerate=mask_after_s > 0)
     masked.update(lost)
     engine.traffic.add_combine(sum(header.send_counts), 2 * hidden)
     landed = {

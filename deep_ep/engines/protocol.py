@@ -134,13 +134,13 @@ def refuse(mesh: Mesh, operation: str, error: Exception) -> None:
 
 
 def agree(
-    mesh: Mesh, mine: Header, *, peers: list[int] | None = None, tolerate: bool = False
+    mesh: Mesh, mine: Header, *, peers: list[int] | None = None, mask_after_s: float = 0.0
 ) -> tuple[dict[int, Header], list[int]]:
     """Begin an operation: exchange headers and check that they fit together.
 
     Args:
         peers: ranks that take part besides this one; all by default.
-        tolerate: report lost peers instead of raising (rank masks).
+        mask_after_s: above 0, the operation's deadline in seconds, and lost peers are reported instead of raised.
 
     Returns:
         headers by rank, and the peers lost.
@@ -150,10 +150,10 @@ def agree(
         ConfigError: ranks disagree about shapes, or a handle expects other counts than the peers send.
         CommTimeout: a peer did not come.
     """
-    mesh.begin(mine.operation)
+    mesh.begin(mine.operation, mask_after_s)
     others = [rank for rank in range(mesh.size) if rank != mesh.rank] if peers is None else peers
     messages, lost = mesh.all_gather(
-        HEADER_PHASE, "header", mine.pack(), others, lambda message: bool(message[1]), tolerate=tolerate
+        HEADER_PHASE, "header", mine.pack(), others, lambda message: bool(message[1]), tolerate=mask_after_s > 0
     )
     headers = {rank: Header.unpack(message, mesh.size) for rank, message in sorted(messages.items())}
     _check_headers(headers, mesh.rank)

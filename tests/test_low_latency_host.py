@@ -1,0 +1,279 @@
+"""`Buffer` over low-latency kernels without a GPU: who serves a call, who refuses it, and what is outstanding."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from low_latency_fakes import FakeKernels, FakePlan, install_fakes
+
+import deep_ep
+from deep_ep import Buffer
+from deep_ep.engines.cuda_ll import LowLatencyKernels
+from deep_ep.errors import CommTimeout, ConfigError
+
+M, E, H = 4, 4, 256
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """A buffer of one rank whose kernels, for CPU tensors, are fakes; and what it is called with."""
+    install_fakes(monkeypatch)
+    buffer = Buffer(None, comm=deep_ep.SoloComm(), device="cpu", enable_shrink=True, mask_timeout_us=250_000)
+    engine = buffer.runtime
+    engine.low_latency = LowLatencyKernels(FakeKernels(0, 1), engine.lock, engine.traffic)
+    monkeypatch.setattr(engine, "refuse", lambda *_: pytest.fail("the portable engine's peers were told"))
+    x = torch.ones((3, H), dtype=torch.bfloat16)
+    idx = torch.full((3, 2), -1)
+    yield SimpleNamespace(buffer=buffer, ll=engine.low_latency, x=x, idx=idx, weights=torch.ones((3, 2)))
+    buffer.destroy()
+
+
+def dispatch(world: Any, **other: Any) -> Any:
+    arguments = {"x": world.x, "topk_idx": world.idx, "num_max_dispatch_tokens_per_rank": M, "num_experts": E}
+    return world.buffer.low_latency_dispatch(**{**arguments, **other})
+
+
+def combine(world: Any, handle: Any, **other: Any) -> Any:
+    arguments = {
+        "x": torch.zeros((E, M, H), dtype=torch.bfloat16),
+        "topk_idx": world.idx,
+        "topk_weights": world.weights,
+        "handle": handle,
+    }
+    return world.buffer.low_latency_combine(**{**arguments, **other})
+
+
+def empty_handle(world: Any) -> Any:
+    """Of a dispatch that received nothing, as the kernels would have written it."""
+    handle = dispatch(world)[2]
+    handle[0].fill_(-1)
+    handle[1].zero_()
+    return handle
+
+
+def refusals(world: Any) -> list[int]:
+    return [kind for kind, _ in world.ll.regions.current.peers.refusals]
+
+
+def test_checked_and_repeated_calls_agree(world):
+    for use_fp8 in (False, True):
+        first, second = dispatch(world, use_fp8=use_fp8), dispatch(world, use_fp8=use_fp8)
+        for one, other in zip(first[0] if use_fp8 else [first[0]], second[0] if use_fp8 else [second[0]], strict=True):
+            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+        assert first[2][2:] == second[2][2:] == (M, H, E)
+        assert [call[3].event for call in (first, second)] == [None, None]
+        assert [call[4] for call in (first, second)] == [None, None]
+    out = torch.zeros((3, H), dtype=torch.bfloat16)
+    results = [combine(world, second[2], out=given) for given in (None, None, out, out)]
+    assert [result[0].shape for result in results] == [(3, H)] * 4
+    assert results[2][0] is results[3][0] is out
+    assert len(FakePlan.launches) == 8
+    traffic = world.buffer.traffic
+    assert (traffic.dispatch_calls, traffic.dispatch_rows, traffic.combine_calls) == (4, 12, 4)
+    assert traffic.dispatch_dtypes == {"bfloat16": 2, "float8_e4m3fn": 2}
+    assert traffic.dispatch_bytes == 6 * 2 * H + 6 * (H + 4 * H // 128)
+    assert traffic.combine_bytes == 12 * 2 * H
+
+
+def test_a_third_outstanding_operation_takes_part_in_nothing(world):
+    handle = empty_handle(world)
+    combine(world, handle)
+    hooks = [dispatch(world, return_recv_hook=True)[4], combine(world, handle, return_recv_hook=True)[2]]
+    num_launches = len(FakePlan.launches)
+    calls = [outstanding.num_calls for outstanding in world.ll._outstanding]
+    for again in ({}, {"async_finish": True}, {"return_recv_hook": True}):
+        with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
+            dispatch(world, **again)
+        with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
+            combine(world, handle, **again)
+    with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
+        combine(world, handle, use_logfmt=True)
+    assert len(FakePlan.launches) == num_launches
+    assert [outstanding.num_calls for outstanding in world.ll._outstanding] == calls
+    assert refusals(world) == []
+    for hook in hooks:
+        hook()
+    dispatch(world)
+
+
+def test_hooks_of_both_engines_count_together(world):
+    handle = empty_handle(world)
+    calls = world.ll._outstanding[1].num_calls
+    combined, _, portable = combine(world, handle, use_logfmt=True, return_recv_hook=True)
+    assert world.ll._outstanding[1].num_calls == calls  # the kernels' epochs are their own
+    received = dispatch(world, return_recv_hook=True)
+    with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
+        dispatch(world)
+    with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
+        combine(world, handle, use_logfmt=True)
+    assert refusals(world) == []
+    portable()
+    assert combined.tolist() == torch.zeros((3, H)).tolist()
+    combine(world, handle, use_logfmt=True)
+    received[4]()
+    num_launches = len(FakePlan.launches)
+    dispatch(world)
+    combine(world, handle)
+    assert len(FakePlan.launches) == num_launches + 2
+    del portable
+
+
+def test_the_portable_engine_has_no_sets(world):
+    """The set that the second combine after a hook would use is one of the kernels."""
+    handle = empty_handle(world)
+    hook = combine(world, handle, return_recv_hook=True)[2]
+    combine(world, handle)
+    combine(world, handle, use_logfmt=True)
+    with pytest.raises(ConfigError, match="from 2 calls ago"):
+        combine(world, handle)
+    hook()
+    combine(world, handle)
+
+
+def test_a_failure_raised_before_is_raised_again(world):
+    handle = empty_handle(world)
+    combine(world, handle)
+    num_launches = len(FakePlan.launches)
+    world.ll._kernels.failure = CommTimeout("gone", operation="dispatch", phase="counts", peer=0, waited_s=1.0)
+    for call in (lambda: dispatch(world), lambda: combine(world, handle)):
+        with pytest.raises(CommTimeout):
+            call()
+    assert len(FakePlan.launches) == num_launches
+
+
+def test_dropped_hooks_of_the_portable_engine_hold_nothing(world):
+    handle = empty_handle(world)
+    for _ in range(4):
+        combine(world, handle, use_logfmt=True, return_recv_hook=True)
+    dispatch(world)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": None},
+        {"x": torch.zeros((3, H))},
+        {"x": torch.zeros(3, dtype=torch.bfloat16)},
+        {"x": torch.zeros((9, H), dtype=torch.bfloat16)},
+        {"topk_idx": None},
+        {"topk_idx": torch.zeros(3, dtype=torch.int64)},
+        {"topk_idx": torch.zeros((2, 2), dtype=torch.int64)},
+        {"num_max_dispatch_tokens_per_rank": 0},
+        {"num_max_dispatch_tokens_per_rank": 2.5},
+        {"num_experts": -1},
+        {"use_ue8m0": True},
+        {"cumulative_local_expert_recv_stats": torch.zeros(2 * E, dtype=torch.int32)[::2]},
+        {"dispatch_wait_recv_cost_stats": torch.zeros(1)},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_wrong_arguments_are_refused_where_the_peers_are(world, wrong):
+    """In the kernels, even if nothing says that this call was meant for them."""
+    dispatch(world)
+    num_launches = len(FakePlan.launches)
+    with pytest.raises(ConfigError):
+        dispatch(world, **wrong)
+    assert refusals(world) == [0]
+    assert len(FakePlan.launches) == num_launches
+    dispatch(world)
+
+
+def test_wrong_combines_are_refused_where_the_peers_are(world):
+    handle = empty_handle(world)
+    for number, wrong in enumerate(
+        (
+            {"handle": None},
+            {"handle": (handle[0][:1], *handle[1:])},
+            {"handle": (*handle[:2], 0, *handle[3:])},
+            {"handle": (*handle[:4], None)},
+            {"topk_idx": torch.full((M + 1, 2), -1), "topk_weights": torch.ones((M + 1, 2))},
+            {"x": torch.zeros((1, M, H), dtype=torch.bfloat16)},
+            {"topk_weights": torch.ones((3, 2)).double()},
+            {"out": torch.zeros((3, 1), dtype=torch.bfloat16)},
+            {"zero_copy": True},
+        )
+    ):
+        with pytest.raises(ConfigError):
+            combine(world, **{"handle": handle, **wrong})
+        assert refusals(world) == [1] * (number + 1)
+
+
+def test_tensors_of_a_handle_may_be_strided(world):
+    handle = empty_handle(world)
+    strided = torch.stack([handle[0], handle[0]], dim=2)[..., 0]
+    assert not strided.is_contiguous()
+    combine(world, (strided, *handle[1:]))
+    src_info = FakePlan.launches[-1][2]
+    assert src_info not in (strided.data_ptr(), handle[0].data_ptr())
+
+
+def test_rows_may_be_written_again_before_the_hook(world):
+    handle = empty_handle(world)
+    x = torch.zeros((E, M, H), dtype=torch.bfloat16)
+    combine(world, handle, x=x, return_recv_hook=True)[2]()
+    assert FakePlan.launches[-2][1] == x.data_ptr()  # the send part takes them
+    copied = (handle[0].clone(), *handle[1:])
+    combine(world, copied, x=x, return_recv_hook=True)[2]()
+    assert FakePlan.launches[-2][1] == FakePlan.launches[-1][1] != x.data_ptr()
+
+
+def test_waits_are_those_of_the_engine_that_ran_last(world):
+    handle = empty_handle(world)
+    names = ("low_latency_dispatch", "low_latency_combine")
+    assert world.buffer.last_waits() == {name: [0] for name in names}
+    world.ll._waits[0, 0], world.ll._waits[1, 0] = 5, 6
+    assert world.buffer.last_waits() == {names[0]: [5], names[1]: [6]}
+    combine(world, handle, use_logfmt=True)
+    assert world.buffer.last_waits() == {names[0]: [5], names[1]: [0]}
+    dispatch(world)
+    assert world.buffer.last_waits()[names[1]] == [0]
+    for _ in range(2):
+        combine(world, handle)
+        assert world.buffer.last_waits() == {names[0]: [5], names[1]: [6]}
+        combine(world, handle, use_logfmt=True)
+    combine(world, handle)
+    assert world.buffer.last_waits() == {names[0]: [5], names[1]: [6]}
+
+
+def test_masks_hold_on_both_engines(world, monkeypatch):
+    """Ranks that kernels have masked are left out by the portable engine, and the other way round."""
+    handle = empty_handle(world)
+    seen = []
+
+    def lose_the_rank(engine: Any, request: Any, masked: set[int], mask_after_s: float) -> Any:
+        seen.append((set(masked), mask_after_s))
+        masked.add(0)
+        return lambda: None
+
+    monkeypatch.setattr("deep_ep.low_latency.portable_ll.combine", lose_the_rank)
+    combine(world, handle, use_logfmt=True)
+    assert world.ll.masked.tolist() == [1]
+    combine(world, handle, use_logfmt=True)
+    world.buffer.low_latency_clean_mask_buffer()
+    combine(world, handle, use_logfmt=True)
+    assert seen == [(set(), 0.25), ({0}, 0.25), (set(), 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "seconds"),
+    [(None, None, 10.0), (5e6, "7", 5.0), (None, "1500", 0.0015), (1, None, 1e-6)],
+)
+def test_the_mask_timeout(monkeypatch, given, variable, seconds):
+    if variable is not None:
+        monkeypatch.setenv("DEEP_EP_MASK_TIMEOUT_US", variable)
+    for shrink in (False, True):
+        buffer = Buffer(
+            None, comm=deep_ep.SoloComm(), device="cpu", enable_shrink=shrink, mask_timeout_us=given, timeout_s=77
+        )
+        assert buffer._mask_timeout_s == pytest.approx(seconds if shrink else 0.0)
+        buffer.destroy()
+
+
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf"), "soon"])
+def test_bad_mask_timeouts(monkeypatch, wrong):
+    with pytest.raises(ConfigError, match=r"mask_timeout_us=.+ microseconds"):
+        Buffer(None, comm=deep_ep.SoloComm(), device="cpu", mask_timeout_us=wrong)
+    monkeypatch.setenv("DEEP_EP_MASK_TIMEOUT_US", str(wrong))
+    with pytest.raises(ConfigError, match="DEEP_EP_MASK_TIMEOUT_US"):
+        Buffer(None, comm=deep_ep.SoloComm(), device="cpu")
