@@ -8,6 +8,9 @@ first one ran; of each round the slowest rank counts. p50 and p99 are of the sin
 between any two. "called" is a median from Python with nothing enqueued ahead. The floor of a figure is the way of one
 flag for each time that something must cross the link, plus the bytes at the rate of the link, both measured in the run.
 
+In rows "weights at dispatch" the weights of the tokens travel with the dispatch (`topk_weights=`), so that combine need
+not wait for them; four bytes a selection, which the floors leave out.
+
 With more ranks than GPUs the ranks share them, under a CUDA MPS daemon where there is one: a check that everything
 works, not a measurement.
 """

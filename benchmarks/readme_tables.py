@@ -29,6 +29,14 @@ TARGETS_US = {
     "combine_symmetric": {8: 230, 16: 190, 24: 188},
     "combine_ordinary": {8: 265, 16: 212, 24: 205},
 }
+#: Where the low-latency targets hold: GPU, ranks, hidden, top-k, experts; FP8 rows.
+LOW_LATENCY_CASE = ("H200", 2, 7168, 8, 256)
+#: Microseconds by row and tokens a rank.
+LOW_LATENCY_TARGETS_US = {
+    "dispatch": {8: 7, 128: 12, 512: 28},
+    "combine": {8: 8, 128: 14, 512: 40},
+    "pair_graph": {8: 15, 128: 27, 512: 70},
+}
 
 
 class ResultsError(Exception):
@@ -53,8 +61,11 @@ def _origin(result: dict[str, Any], file_name: str) -> str:
 
 
 def _shape(arguments: dict[str, Any]) -> str:
+    tokens = arguments["tokens"]
+    if isinstance(tokens, list):
+        tokens = ", ".join(map(str, tokens))
     return (
-        f"{arguments['tokens']} tokens a rank, hidden {arguments['hidden']}, top-{arguments['topk']} of "
+        f"{tokens} tokens a rank, hidden {arguments['hidden']}, top-{arguments['topk']} of "
         f"{arguments['experts']} experts"
     )
 
@@ -177,8 +188,55 @@ def _limits_table(result: dict[str, Any]) -> str:
     return markdown_table(["limit", "SMs", "us", "GB/s over the link", "how"], lines)
 
 
+def low_latency_section(result: dict[str, Any], file_name: str) -> str:
+    """A table for each format: token counts over calls, against the targets where there are any."""
+    if result["shared"]:
+        return _shared_section(result, file_name)
+    arguments = result["arguments"]
+    gpu, *case = LOW_LATENCY_CASE
+    is_target = gpu in result["device"] and [arguments[name] for name in ("ranks", "hidden", "topk", "experts")] == case
+    parts = [
+        f"**Low latency, {result['num_devices']} x {result['device']}**, {arguments['ranks']} ranks, hidden "
+        f"{arguments['hidden']}, top-{arguments['topk']} of {arguments['experts']} experts.\nMicroseconds: median of "
+        f"{arguments['rounds']} rounds of {arguments['iterations']} calls, slowest rank; p99 of single calls of all "
+        f"ranks; what the link takes at least.{' In brackets: the target.' if is_target else ''} "
+        f"{_origin(result, file_name)}"
+    ]
+    for form in dict.fromkeys(row["format"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["format"] == form]
+        tokens = list(dict.fromkeys(row["tokens"] for row in rows))
+        lines = []
+        for key, name in dict.fromkeys((row["key"], row["name"]) for row in rows):
+            cells = []
+            for count in tokens:
+                row = next((row for row in rows if (row["key"], row["tokens"]) == (key, count)), None)
+                if row is None:
+                    cells.append("-")
+                    continue
+                target = LOW_LATENCY_TARGETS_US.get(key, {}).get(count) if is_target and form == "fp8" else None
+                floor = "" if row["floor_us"] is None else f", {row['floor_us']:.1f}"
+                wanted = "" if target is None else f" ({target})"
+                cells.append(f"{row['median_us']:.1f}{wanted}, p99 {row['p99_us']:.1f}{floor}")
+            lines.append([name, *cells])
+        rows_are = {"fp8": "FP8 rows", "bf16": "bf16 rows"}.get(form, form)
+        parts.append(markdown_table([f"{rows_are}, tokens a rank", *map(str, tokens)], lines))
+    hosts = [f"{row['name']} {row['median_us']:.0f}" for row in result["host"] if row["format"] == "fp8"]
+    remarks = [f"Host time of a call, FP8, us: {'; '.join(hosts)}."] if hosts else []
+    used = result["memory"].get("low_latency_bytes")
+    if used:
+        remarks.append(f"Symmetric memory of the largest case: {used / 1e6:.0f} MB a rank.")
+    flags = result["floors"]["flags"].get("0")
+    if flags:
+        remarks.append(f"A flag to the peer: {flags['median_us']:.2f} us.")
+    return "\n\n".join([*parts, *([" ".join(remarks)] if remarks else [])])
+
+
 #: By the field `benchmark`, in the order of the README.
-SECTIONS = {"bench_intranode": intranode_section, "bench_portable": portable_section}
+SECTIONS = {
+    "bench_intranode": intranode_section,
+    "bench_low_latency": low_latency_section,
+    "bench_portable": portable_section,
+}
 
 
 def build(results: Path) -> str:

@@ -50,6 +50,7 @@ py::dict layout_offsets(int num_ranks, int num_max_tokens, int num_topk, int num
     result["dispatch_header"] = layout.header(LowLatencyKind::kDispatch, set, rank);
     result["dispatch_counts"] = layout.dispatch_counts(set, rank);
     result["dispatch_entries"] = layout.dispatch_entries(set, rank);
+    result["dispatch_weights"] = layout.dispatch_weights(set, rank);
     result["combine_header"] = layout.header(LowLatencyKind::kCombine, set, rank);
     result["combine_selections"] = layout.combine_selections(set, rank);
     result["dispatch_flag"] = layout.dispatch_flag(set, rank, token, part);
@@ -74,6 +75,7 @@ void bind_outputs(py::module_& m) {
         .def_readonly("src_info_at", &LowLatencyOutputs::src_info_at)
         .def_readonly("source_tokens_at", &LowLatencyOutputs::source_tokens_at)
         .def_readonly("positions_at", &LowLatencyOutputs::positions_at)
+        .def_readonly("weights_at", &LowLatencyOutputs::weights_at)
         .def_readonly("small_block_bytes", &LowLatencyOutputs::small_block_bytes);
 }
 
@@ -112,13 +114,13 @@ class LowLatencyDispatchPlan {
     // format: a ScaleFormat, -1 for bf16 rows.
     LowLatencyDispatchPlan(const LowLatencyPeers& peers, const LowLatencyQueue& queue, uint64_t signature,
                            int num_topk, bool topk_is_int64, int num_experts, int num_max_tokens, int hidden,
-                           int format)
-        : peers_(peers), queue_(queue) {
+                           int format, bool with_weights)
+        : peers_(peers), queue_(queue), with_weights_(with_weights) {
         const Domain domain = peers.domain().domain;
         const bool use_fp8 = format >= 0;
         const auto scale_format = static_cast<ScaleFormat>(use_fp8 ? format : 0);
         outputs_ = LowLatencyOutputs::make(expert_range(num_experts, domain.num_ranks, domain.rank).count,
-                                           domain.num_ranks, num_max_tokens, num_topk);
+                                           domain.num_ranks, num_max_tokens, num_topk, with_weights);
         args_.signature = signature;
         args_.topk_is_int64 = topk_is_int64;
         args_.num_topk = num_topk;
@@ -133,13 +135,14 @@ class LowLatencyDispatchPlan {
 
     // scales: 0 for bf16 rows. small: address of the block of the small outputs. part: a LowLatencyPart. captured: what
     // the queue said of the stream.
-    void launch(Address x, Address topk_idx, int num_tokens, Address rows, Address scales, Address small,
-                Address recv_stats, Address wait_stats, int part, int num_sms, Address stream,
-                bool captured) const {
+    void launch(Address x, Address topk_idx, Address topk_weights, int num_tokens, Address rows,
+                Address scales, Address small, Address recv_stats, Address wait_stats, int part, int num_sms,
+                Address stream, bool captured) const {
         LowLatencyDispatchArgs args = args_;
         args.ll = peers_.domain();
         args.x = pointer<const uint8_t>(x);
         args.topk_idx = pointer<const void>(topk_idx);
+        args.topk_weights = pointer<const float>(topk_weights);
         args.num_tokens = num_tokens;
         args.rows = pointer<uint8_t>(rows);
         args.scales = pointer<uint32_t>(scales);
@@ -149,6 +152,7 @@ class LowLatencyDispatchPlan {
         args.src_info = pointer<int32_t>(small + outputs_.src_info_at);
         args.source_tokens = pointer<int32_t>(small + outputs_.source_tokens_at);
         args.positions = pointer<int32_t>(small + outputs_.positions_at);
+        if (with_weights_) args.weights = pointer<float>(small + outputs_.weights_at);
         args.recv_stats = pointer<int32_t>(recv_stats);
         args.wait_stats = pointer<int64_t>(wait_stats);
         launch_low_latency_dispatch(args, static_cast<LowLatencyPart>(part), num_sms, pointer(stream));
@@ -158,6 +162,7 @@ class LowLatencyDispatchPlan {
   private:
     const LowLatencyPeers& peers_;
     const LowLatencyQueue& queue_;
+    bool with_weights_;
     LowLatencyOutputs outputs_{};
     LowLatencyDispatchArgs args_{};
 };
@@ -179,10 +184,11 @@ class LowLatencyCombinePlan {
         args_.use_logfmt = use_logfmt;
     }
 
-    // source_tokens, positions, wait_stats, ticket: 0 for none.
+    // source_tokens, positions, weights, wait_stats, ticket: 0 for none.
     void launch(Address x, Address src_info, Address layout_range, Address source_tokens, Address positions,
-                Address topk_idx, Address topk_weights, int num_tokens, Address out, Address wait_stats,
-                Address ticket, int part, int num_sms, Address stream, bool captured) const {
+                Address weights, Address topk_idx, Address topk_weights, int num_tokens, Address out,
+                Address wait_stats, Address ticket, int part, int num_sms, Address stream,
+                bool captured) const {
         LowLatencyCombineArgs args = args_;
         args.ll = peers_.domain();
         args.x = pointer<const uint8_t>(x);
@@ -190,6 +196,7 @@ class LowLatencyCombinePlan {
         args.layout_range = pointer<const int64_t>(layout_range);
         args.source_tokens = pointer<const int32_t>(source_tokens);
         args.positions = pointer<const int32_t>(positions);
+        args.weights = pointer<const float>(weights);
         args.topk_idx = pointer<const void>(topk_idx);
         args.topk_weights = pointer<const float>(topk_weights);
         args.num_tokens = num_tokens;
@@ -234,8 +241,8 @@ void bind_kernels(py::module_& m) {
         .def("begin", &LowLatencyQueue::begin)
         .def("end", &LowLatencyQueue::end);
     py::class_<LowLatencyDispatchPlan>(m, "LowLatencyDispatchPlan")
-        .def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int,
-                      int>(),
+        .def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int, int,
+                      bool>(),
              py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def_property_readonly("outputs", &LowLatencyDispatchPlan::outputs)
         .def("launch", &LowLatencyDispatchPlan::launch);

@@ -348,7 +348,9 @@ def low_latency_cut_row(row_bytes: int, wanted: int) -> tuple[int, int]: ...
 def load_low_latency_kernels() -> None: ...
 
 class LowLatencyOutputs:
-    def __init__(self, num_local: int, num_ranks: int, num_max_tokens: int, num_topk: int) -> None: ...
+    def __init__(
+        self, num_local: int, num_ranks: int, num_max_tokens: int, num_topk: int, with_weights: bool
+    ) -> None: ...
     @property
     def ticket_at(self) -> int: ...
     @property
@@ -359,6 +361,8 @@ class LowLatencyOutputs:
     def source_tokens_at(self) -> int: ...
     @property
     def positions_at(self) -> int: ...
+    @property
+    def weights_at(self) -> int: ...
     @property
     def small_block_bytes(self) -> int: ...
 
@@ -395,6 +399,7 @@ class LowLatencyDispatchPlan:
         num_max_tokens: int,
         hidden: int,
         format: int,
+        with_weights: bool,
     ) -> None: ...
     @property
     def outputs(self) -> LowLatencyOutputs: ...
@@ -402,6 +407,7 @@ class LowLatencyDispatchPlan:
         self,
         x: int,
         topk_idx: int,
+        topk_weights: int,
         num_tokens: int,
         rows: int,
         scales: int,
@@ -435,6 +441,7 @@ class LowLatencyCombinePlan:
         layout_range: int,
         source_tokens: int,
         positions: int,
+        weights: int,
         topk_idx: int,
         topk_weights: int,
         num_tokens: int,

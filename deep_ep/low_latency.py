@@ -74,6 +74,8 @@ class LowLatencyMixin:
         use_ue8m0: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
+        *,
+        topk_weights: torch.Tensor | None = None,
     ) -> tuple[
         torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         torch.Tensor,
@@ -93,14 +95,19 @@ class LowLatencyMixin:
             use_fp8: send FP8 (E4M3, 1x128 tiles); ``round_scale``: power-of-two scales; ``use_ue8m0`` (with
                 ``round_scale``): scales as exponents packed four to an int32.
             async_finish: return an event. Not together with ``return_recv_hook``.
-            return_recv_hook: return a function that must be called before the results are used. x and topk_idx may be
-                written again before that.
+            return_recv_hook: return a function that must be called before the results are used. x, topk_idx and
+                topk_weights may be written again before that.
+            topk_weights: float32 [T, K] that combine will sum by, on all ranks or on none. They travel along, so that
+                in combine the ranks of the experts sum their rows at once, also in a call with a hook. In return
+                topk_idx and topk_weights of that combine must be those of this call: an entry set to -1 in between
+                would still be summed where its expert is. Results have the same bits.
 
         Returns:
             recv_x: bf16 [L, R * M, H], or (E4M3 [L, R * M, H], scales [L, R * M, H / 128] float32 or [..., H / 512]
                 int32, stored with tokens innermost). Rows of an expert are packed by source rank, then token.
             recv_count: int32 [L].
-            handle: (src_info int32 [L, R * M], layout_range int64 [L, R] = begin << 32 | count, M, H, E).
+            handle: (src_info int32 [L, R * M], layout_range int64 [L, R] = begin << 32 | count, M, H, E). Weights that
+                came stay with these very tensors; a copy of them is a handle without.
             event, hook: ``hook`` is None unless asked for.
 
         Raises:
@@ -115,6 +122,7 @@ class LowLatencyMixin:
             taken = kernels.try_dispatch(
                 x,
                 topk_idx,
+                topk_weights,
                 num_max_dispatch_tokens_per_rank,
                 num_experts,
                 cumulative_local_expert_recv_stats,
@@ -128,14 +136,16 @@ class LowLatencyMixin:
                 (recv_x, count, handle), hook = taken
                 return recv_x, count, handle, EventOverlap(), hook
         kernels = self._kernels(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8)
-        with LowLatencyCall(engine, operation, kernels, (x, topk_idx), async_finish, self._check_room) as call:
+        inputs = (x, topk_idx, topk_weights)
+        with LowLatencyCall(engine, operation, kernels, inputs, async_finish, self._check_room) as call:
             _check_finish(operation, async_finish, return_recv_hook)
             x = checks.check_tensor(x, "x", operation, dim=2, dtypes=[torch.bfloat16])
             _check_device(x, kernels, operation)
             topk_idx = checks.check_topk_idx(topk_idx, operation)
-            num_topk = topk_idx.shape[1]
-            shape = [x.shape[0], num_topk]
+            shape = [x.shape[0], topk_idx.shape[1]]
             checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, shape=shape, device=x.device)
+            if topk_weights is not None:
+                topk_weights = _checked_weights(topk_weights, operation, shape, x.device)
             num_experts = checks.check_num_experts(num_experts, operation)
             if kernels is None:  # which check it on the device
                 check_topk_range(topk_idx, num_experts)
@@ -156,7 +166,7 @@ class LowLatencyMixin:
             if stats[1] is not None:
                 name = "dispatch_wait_recv_cost_stats"
                 _check_stats(stats[1], name, operation, torch.int64, self.group_size, x.device)
-            request = LowLatencyDispatch(x, topk_idx, num_max, num_experts, scale_format, *stats)
+            request = LowLatencyDispatch(x, topk_idx, topk_weights, num_max, num_experts, scale_format, *stats)
             call.start()
             if kernels is not None:
                 (recv_x, count, handle), hook = kernels.dispatch(request, return_recv_hook)
@@ -195,9 +205,11 @@ class LowLatencyMixin:
 
         Args:
             x: bf16 [L, R * M, H], rows as dispatched.
-            topk_idx: [T, K] as dispatched; entries may have been set to -1 since, to leave them out.
-            topk_weights: float32 [T, K].
-            handle: of the dispatch.
+            topk_idx: [T, K] as dispatched; entries may have been set to -1 since, to leave them out, unless the weights
+                went with the dispatch.
+            topk_weights: float32 [T, K]; those of the dispatch if they went with it.
+            handle: of the dispatch. If the weights went with it, all ranks pass it as it was returned, or all pass
+                copies of its tensors (or ``sum_at_home``, or ``use_logfmt``): then those weights are not used.
             use_logfmt: send rows in LogFMT-10 (see `deep_ep.logfmt`). Not together with ``zero_copy``.
             zero_copy: the rows are in `get_next_low_latency_combine_buffer(handle)` already; x only gives the shape.
             return_recv_hook: as for `low_latency_dispatch`: x may be written again before the hook is called, the
@@ -254,15 +266,7 @@ class LowLatencyMixin:
                 )
             if kernels is None:
                 check_topk_range(topk_idx, num_experts)
-            weights = checks.check_tensor(
-                topk_weights,
-                "topk_weights",
-                operation,
-                dim=2,
-                dtypes=[torch.float32],
-                shape=[num_tokens, num_topk],
-                device=x.device,
-            )
+            weights = _checked_weights(topk_weights, operation, [num_tokens, num_topk], x.device)
             if use_logfmt and zero_copy:
                 raise ConfigError(f"{operation}: use_logfmt encodes rows while sending, so it excludes zero_copy")
             if zero_copy:
@@ -491,6 +495,12 @@ def _scale_format(hidden: int, use_fp8: bool, round_scale: bool, use_ue8m0: bool
 def _check_finish(operation: str, async_finish: bool, return_recv_hook: bool) -> None:
     if async_finish and return_recv_hook:
         raise ConfigError(f"{operation}: async_finish and return_recv_hook exclude each other; pick one")
+
+
+def _checked_weights(topk_weights: object, operation: str, shape: list[int], device: torch.device) -> torch.Tensor:
+    return checks.check_tensor(
+        topk_weights, "topk_weights", operation, dim=2, dtypes=[torch.float32], shape=shape, device=device
+    )
 
 
 def _check_device(x: torch.Tensor, kernels: LowLatencyKernels | None, operation: str) -> None:

@@ -23,6 +23,7 @@ class LowLatencyCase:
     idx_dtype: torch.dtype = torch.int64
     fp8: str = "fp32"  # none | fp32 | pow2 | ue8m0
     finish: str = "sync"  # sync | async | hook
+    weights_at_dispatch: bool = False
     sum_at_home: bool = False
     zero_copy: bool = False
     out: bool = False
@@ -85,6 +86,7 @@ def run_case(ctx: RankContext, case: LowLatencyCase) -> dict[str, Any]:
             case.num_experts,
             cumulative_local_expert_recv_stats=stats,
             dispatch_wait_recv_cost_stats=wait,
+            topk_weights=weights if case.weights_at_dispatch else None,
             **FP8_ARGS[case.fp8],
             **how,
         )

@@ -10,6 +10,7 @@ import torch
 from deep_ep._native import _C
 from deep_ep.engines import low_latency_regions
 from deep_ep.engines.cuda_ll import LowLatencyKernels
+from deep_ep.engines.portable_ll import LowLatencyCombine, LowLatencyDispatch
 from deep_ep.layout import num_local_experts
 
 STREAM = 7
@@ -50,16 +51,21 @@ class FakePlan:
     def __init__(
         self, peers: FakePeers, queue: FakeQueue, signature: int, num_topk: int, is_int64: bool, *shape: Any
     ) -> None:
-        self.peers, self.signature, self.is_int64, self.shape = peers, signature, is_int64, shape
-        num_experts, num_max = shape[:2]
-        num_ranks = len(peers.regions)
-        rank = 1 if num_ranks > 1 else 0
-        num_local = num_local_experts(num_experts, num_ranks, rank)
-        self.outputs = _C.LowLatencyOutputs(num_local, num_ranks, num_max, num_topk)
+        self.peers, self.signature, self.num_topk, self.is_int64 = peers, signature, num_topk, is_int64
+        self.shape = shape
 
     def launch(self, *arguments: Any) -> None:
         FakePlan.launches.append((self, *arguments[:-1]))
         FakePlan.captured.append(arguments[-1])
+
+
+class FakeDispatchPlan(FakePlan):
+    @property
+    def outputs(self) -> Any:
+        num_experts, num_max, _, _, with_weights = self.shape
+        num_ranks = len(self.peers.regions)
+        num_local = num_local_experts(num_experts, num_ranks, 1 if num_ranks > 1 else 0)
+        return _C.LowLatencyOutputs(num_local, num_ranks, num_max, self.num_topk, with_weights)
 
 
 class FakeMemory:
@@ -126,7 +132,7 @@ def install_fakes(monkeypatch: Any) -> None:
     for name, fake in (
         ("LowLatencyPeers", FakePeers),
         ("LowLatencyQueue", FakeQueue),
-        ("LowLatencyDispatchPlan", FakePlan),
+        ("LowLatencyDispatchPlan", FakeDispatchPlan),
         ("LowLatencyCombinePlan", FakePlan),
     ):
         monkeypatch.setattr(_C, name, fake, raising=False)
@@ -138,3 +144,72 @@ def capture(ll: LowLatencyKernels, monkeypatch: Any, on: bool = True) -> None:
     """The current stream is captured from now on, or no more."""
     ll._queue.state = int(on)
     monkeypatch.setattr(low_latency_regions, "is_capturing", lambda: on)
+
+
+def dispatch_request(
+    num_tokens: int = 3, hidden: int = 256, num_max: int = 4, num_experts: int = 7, **given: Any
+) -> LowLatencyDispatch:
+    x = torch.zeros((num_tokens, hidden), dtype=torch.bfloat16)
+    idx = torch.zeros((num_tokens, given.get("num_topk", 2)), dtype=given.get("idx_dtype", torch.int64))
+    weights = torch.ones(idx.shape) if given.get("with_weights") else None
+    stats = (given.get("recv"), given.get("wait"))
+    return LowLatencyDispatch(x, idx, weights, num_max, num_experts, given.get("scale_format"), *stats)
+
+
+def dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook: bool) -> tuple[Any, Any]:
+    """The outputs by name, and the hook."""
+    (recv_x, count, handle), hook = ll.dispatch(request, with_hook)
+    rows, scales = recv_x if isinstance(recv_x, tuple) else (recv_x, None)
+    src_info, layout_range, num_max, hidden, num_experts = handle
+    assert (num_max, hidden, num_experts) == (request.num_max_tokens, request.x.shape[1], request.num_experts)
+    return SimpleNamespace(
+        rows=rows, scales=scales, count=count, src_info=src_info, layout_range=layout_range, handle=handle
+    ), hook
+
+
+def combine_request(output: Any, num_tokens: int = 3, num_topk: int = 2, **given: Any) -> LowLatencyCombine:
+    hidden, num_max = output.rows.shape[2], output.rows.shape[1] // 3
+    return LowLatencyCombine(
+        torch.zeros(output.rows.shape, dtype=torch.bfloat16),
+        torch.zeros((num_tokens, num_topk), dtype=torch.int64),
+        torch.ones((num_tokens, num_topk)),
+        given.get("src_info", output.src_info),
+        output.layout_range,
+        num_max,
+        7,
+        False,
+        given.get("sum_at_home", False),
+        torch.empty((num_tokens, hidden), dtype=torch.bfloat16),
+        None,
+    )
+
+
+def quick_dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook: bool = False, **other: Any) -> Any:
+    arguments = {
+        "x": request.x,
+        "topk_idx": request.topk_idx,
+        "topk_weights": request.topk_weights,
+        "num_max_tokens": request.num_max_tokens,
+        "num_experts": request.num_experts,
+        "recv_stats": request.recv_stats,
+        "wait_stats": request.wait_stats,
+        "flags": {None: (False, False, False), "fp32": (True, False, False), "pow2": (True, True, False)}[
+            request.scale_format
+        ],
+        "with_hook": with_hook,
+    }
+    return ll.try_dispatch(**{**arguments, **other})
+
+
+def quick_combine(ll: LowLatencyKernels, output: Any, request: LowLatencyCombine, **other: Any) -> Any:
+    arguments = {
+        "x": request.x,
+        "topk_idx": request.topk_idx,
+        "topk_weights": request.topk_weights,
+        "handle": output.handle,
+        "out": request.out,
+        "wait_stats": None,
+        "sum_at_home": request.sum_at_home,
+        "with_hook": False,
+    }
+    return ll.try_combine(**{**arguments, **other})

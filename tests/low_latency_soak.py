@@ -21,7 +21,7 @@ def draw_cases(num_ranks: int, count: int, seed: int) -> list[LowLatencyCase]:
     pick = random.Random(seed)
     cases = []
     for number in range(count):
-        max_tokens = pick.choice((1, 2, 8, 16, 33, 64))
+        max_tokens = pick.choice((1, 2, 8, 16, 33, 64, 150))
         fp8 = pick.choice(sorted(FP8_ARGS))
         cases.append(
             LowLatencyCase(
@@ -34,6 +34,7 @@ def draw_cases(num_ranks: int, count: int, seed: int) -> list[LowLatencyCase]:
                 mask=pick.choice(("none", "none", "some", "rows", "skew", "all")),
                 idx_dtype=pick.choice((torch.int64, torch.int32)),
                 fp8=fp8,
+                weights_at_dispatch=pick.random() < 0.5,
                 seed=1000 * seed + number,
             )
         )
@@ -57,6 +58,7 @@ class Prepared:
     count: torch.Tensor
     combined: dict[tuple[bool, bool], torch.Tensor]  # by (sum_at_home, with `dropped`)
     handle: Any = None
+    has_weights: bool = False  # the handle: they went with its dispatch
 
     def significant(self, packed: torch.Tensor) -> torch.Tensor:
         """The used rows of [L, R * M, ...], without a wait for the device."""
@@ -142,20 +144,27 @@ class Soak:
             self._pending.popleft()()
 
     def _dispatch(self, number: int, which: Prepared, options: dict[str, bool]) -> Callable[[], None]:
-        case = which.case
-        what = f"operation {number}, dispatch of {case}"
+        case, with_weights = which.case, self._pick.random() < 0.5
+        what = f"operation {number}, dispatch of {case}, with_weights={with_weights}"
         stats = torch.zeros_like(which.count)
         recv, count, handle, event, hook = self._buffer.low_latency_dispatch(
-            which.x, which.idx, case.max_tokens, case.num_experts, stats, **FP8_ARGS[case.fp8], **options
+            which.x,
+            which.idx,
+            case.max_tokens,
+            case.num_experts,
+            stats,
+            topk_weights=which.weights if with_weights else None,
+            **FP8_ARGS[case.fp8],
+            **options,
         )
         # Combines of this case use the old handle as long as the new one is outstanding.
         if hook is None:
-            which.handle = handle
+            which.handle, which.has_weights = handle, with_weights
 
         def check() -> None:
             if hook is not None:
                 hook()
-                which.handle = handle
+                which.handle, which.has_weights = handle, with_weights
             elif event.event is not None:
                 event.current_stream_wait()
             for i, (got, want) in enumerate(zip(as_parts(recv), which.recv, strict=True)):
@@ -174,9 +183,11 @@ class Soak:
     def _combine(self, number: int, which: Prepared, options: dict[str, bool]) -> Callable[[], None]:
         pick = self._pick
         sum_at_home, with_dropped, zero_copy = pick.random() < 0.3, pick.random() < 0.3, pick.random() < 0.3
-        handle, rows = which.handle, which.rows
+        handle, rows, has_weights = which.handle, which.rows, which.has_weights
         if pick.random() < 0.3:  # as a caller rebuilds it: only the values are left
-            handle = (handle[0].clone(), handle[1].clone(), *handle[2:])
+            handle, has_weights = (handle[0].clone(), handle[1].clone(), *handle[2:]), False
+        if has_weights and not sum_at_home:  # the sums are of what was dispatched
+            with_dropped = False
         if zero_copy:
             self._buffer.get_next_low_latency_combine_buffer(handle).copy_(rows)
         combined, event, hook = self._buffer.low_latency_combine(
@@ -194,7 +205,8 @@ class Soak:
                 hook()
             elif event.event is not None:
                 event.current_stream_wait()
-            what = f"operation {number}, combine of {which.case}, sum_at_home={sum_at_home}"
+            how = f"sum_at_home={sum_at_home}, weights at dispatch={has_weights}"
+            what = f"operation {number}, combine of {which.case}, {how}"
             self.mismatches.compare(combined, which.combined[sum_at_home, with_dropped], what)
 
         return check

@@ -96,9 +96,10 @@ def launch(args: argparse.Namespace) -> int:
 
 
 def run_rank(args: argparse.Namespace) -> int:
-    """Random operations on small tensors, compared with the reference."""
+    """Random operations on small tensors, compared with the reference: normal ones, then low-latency ones."""
     tests = Path(__file__).resolve().parent
     sys.path[:0] = [str(tests), str(tests.parent)]
+    import low_latency_soak
     import torch
     import torch.distributed as dist
     from cuda_cases import make_buffer
@@ -119,6 +120,17 @@ def run_rank(args: argparse.Namespace) -> int:
     found = soak.mismatches.found()
     ctx.barrier()
     del soak, prepared
+    portable = make_buffer(ctx, "portable")
+    cases = [low_latency_soak.prepare(ctx, portable, c) for c in low_latency_soak.draw_cases(args.ranks, 4, 22)]
+    ctx.barrier()
+    quick = low_latency_soak.Soak(ctx, buffer, cases, 22)
+    quick.run(args.count)
+    torch.cuda.synchronize()
+    buffer.check()
+    found += quick.mismatches.found()
+    ctx.barrier()
+    del quick, cases
+    portable.destroy()
     buffer.destroy()
     dist.destroy_process_group()
     print(f"rank {args.rank} finished: {found[:3] if found else 'all results are right'}", flush=True)
@@ -129,7 +141,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--count", type=int, default=24, help="operations in each run")
+    parser.add_argument("--count", type=int, default=24, help="operations of either kind in each run")
     parser.add_argument("--limit", type=float, default=400.0, help="seconds for each tool")
     parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)

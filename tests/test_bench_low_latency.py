@@ -100,7 +100,8 @@ def test_a_run_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     keys = {row["key"] for row in result["rows"]}
-    assert keys == {"dispatch", "combine", "pair", "dispatch_hook", "combine_hook", "pair_hook"}
+    hooks = {"dispatch_hook", "combine_hook", "pair_hook"}
+    assert keys == {"dispatch", "combine", "pair", *hooks, *(f"{key}_weights" for key in hooks)}
     assert {(row["tokens"], row["format"]) for row in result["rows"]} == {
         (t, f) for t in (1, 5) for f in ("fp8", "bf16")
     }

@@ -490,6 +490,38 @@ def test_table_has_ratios_to_the_probes(tmp_path):
     assert "Host time of a call (512 tokens, nothing waited for): get_dispatch_layout 10 us." in text
 
 
+def low_latency_result(device="NVIDIA H200", shared=False):
+    row = {"p99_us": 9.0, "floor_us": 1.6, "format": "fp8"}
+    result = intranode_result(device)
+    result |= {
+        "benchmark": "bench_low_latency",
+        "shared": shared,
+        "mps": "on",
+        "arguments": {**result["arguments"], "tokens": [8, 128]},
+        "rows": [
+            {"key": "dispatch", "name": "dispatch", "tokens": 8, "median_us": 7.4, **row},
+            {"key": "dispatch", "name": "dispatch", "tokens": 128, "median_us": 11.6, **row},
+            {"key": "pair_hook", "name": "pair, hooks", "tokens": 8, "median_us": 20.0, **row},
+        ],
+        "host": [{"name": "dispatch", "format": "fp8", "median_us": 13.2}],
+        "memory": {"low_latency_bytes": 81_000_000},
+        "floors": {"flags": {"0": {"median_us": 1.47}}},
+    }
+    return result
+
+
+def test_low_latency_table(tmp_path):
+    text = readme_tables.build(write_results(tmp_path / "results", low_latency_result()))
+    assert "| FP8 rows, tokens a rank | 8 | 128 |" in text
+    assert "| dispatch | 7.4 (7), p99 9.0, 1.6 | 11.6 (12), p99 9.0, 1.6 |" in text
+    assert "| pair, hooks | 20.0, p99 9.0, 1.6 | - |" in text
+    assert "Host time of a call, FP8, us: dispatch 13. Symmetric memory of the largest case: 81 MB a rank." in text
+    elsewhere = readme_tables.build(write_results(tmp_path / "other", low_latency_result("NVIDIA H100")))
+    assert "| dispatch | 7.4, p99 9.0, 1.6 |" in elsewhere and "target" not in elsewhere
+    shared = readme_tables.build(write_results(tmp_path / "shared", low_latency_result(shared=True)))
+    assert "8, 128 tokens a rank" in shared and "a check that every result is right" in shared
+
+
 def test_targets_only_where_they_were_set(tmp_path):
     for i, result in enumerate((intranode_result("NVIDIA H100"), intranode_result(ranks=4))):
         text = readme_tables.build(write_results(tmp_path / str(i), result))

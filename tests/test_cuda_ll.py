@@ -1,18 +1,29 @@
 """The host's side of low-latency kernels without a GPU: the region, outputs, hooks and what is launched."""
 
 import copy
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from low_latency_fakes import STREAM, FakeKernels, FakeLock, FakePlan, capture, install_fakes
+from low_latency_fakes import (
+    STREAM,
+    FakeDispatchPlan,
+    FakeKernels,
+    FakeLock,
+    FakePlan,
+    capture,
+    combine_request,
+    dispatch,
+    dispatch_request,
+    install_fakes,
+    quick_combine,
+    quick_dispatch,
+)
 
 from deep_ep import fp8
 from deep_ep.engines.cuda_ll import LowLatencyKernels
 from deep_ep.engines.low_latency_plans import PLACES
 from deep_ep.engines.low_latency_regions import RegionShape
-from deep_ep.engines.portable_ll import LowLatencyCombine, LowLatencyDispatch
+from deep_ep.engines.portable_ll import LowLatencyDispatch
 from deep_ep.errors import BufferDestroyed, ConfigError, PeerError, PoolExhausted
 from deep_ep.traffic import TrafficStats
 
@@ -26,43 +37,6 @@ def ll(monkeypatch):
     kernels._current_stream = lambda: STREAM
     yield kernels
     assert kernels._lock.held == 0
-
-
-def dispatch_request(
-    num_tokens: int = 3, hidden: int = 256, num_max: int = 4, num_experts: int = 7, **given: Any
-) -> LowLatencyDispatch:
-    x = torch.zeros((num_tokens, hidden), dtype=torch.bfloat16)
-    idx = torch.zeros((num_tokens, given.pop("num_topk", 2)), dtype=given.pop("idx_dtype", torch.int64))
-    scale_format = given.pop("scale_format", None)
-    return LowLatencyDispatch(x, idx, num_max, num_experts, scale_format, given.get("recv"), given.get("wait"))
-
-
-def dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook: bool) -> tuple[Any, Any]:
-    """The outputs by name, and the hook."""
-    (recv_x, count, handle), hook = ll.dispatch(request, with_hook)
-    rows, scales = recv_x if isinstance(recv_x, tuple) else (recv_x, None)
-    src_info, layout_range, num_max, hidden, num_experts = handle
-    assert (num_max, hidden, num_experts) == (request.num_max_tokens, request.x.shape[1], request.num_experts)
-    return SimpleNamespace(
-        rows=rows, scales=scales, count=count, src_info=src_info, layout_range=layout_range, handle=handle
-    ), hook
-
-
-def combine_request(output: Any, num_tokens: int = 3, num_topk: int = 2, **given: Any) -> LowLatencyCombine:
-    hidden, num_max = output.rows.shape[2], output.rows.shape[1] // 3
-    return LowLatencyCombine(
-        torch.zeros(output.rows.shape, dtype=torch.bfloat16),
-        torch.zeros((num_tokens, num_topk), dtype=torch.int64),
-        torch.ones((num_tokens, num_topk)),
-        given.get("src_info", output.src_info),
-        output.layout_range,
-        num_max,
-        7,
-        False,
-        False,
-        torch.empty((num_tokens, hidden), dtype=torch.bfloat16),
-        None,
-    )
 
 
 @pytest.mark.parametrize("scale_format", [None, "fp32", "pow2", "ue8m0"])
@@ -87,15 +61,16 @@ def test_outputs_of_a_dispatch(ll, scale_format):
     assert output.src_info.is_contiguous()
     assert output.layout_range.is_contiguous()
     [(plan, *arguments)] = FakePlan.launches
-    x, idx, num_tokens, rows, scales, small, recv_at, wait_at, part, num_sms, stream = arguments
-    assert (x, idx, num_tokens) == (request.x.data_ptr(), request.topk_idx.data_ptr(), 3)
+    x, idx, weights, num_tokens, rows, scales, small, recv_at, wait_at, part, num_sms, stream = arguments
+    assert (x, idx, weights, num_tokens) == (request.x.data_ptr(), request.topk_idx.data_ptr(), 0, 3)
     assert (recv_at, wait_at, part, num_sms, stream) == (recv.data_ptr(), wait.data_ptr(), WHOLE, 66, STREAM)
     assert rows == output.rows.data_ptr()
     assert scales == (0 if scale_format is None else output.scales.data_ptr())
     assert output.layout_range.data_ptr() == small
     assert output.count.data_ptr() == small + plan.outputs.recv_count_at
     assert output.src_info.data_ptr() == small + plan.outputs.src_info_at
-    assert plan.shape == (7, 4, 640, -1 if scale_format is None else ["fp32", "pow2", "ue8m0"].index(scale_format))
+    format_ = -1 if scale_format is None else ["fp32", "pow2", "ue8m0"].index(scale_format)
+    assert plan.shape == (7, 4, 640, format_, False)
     assert getattr(output.src_info, PLACES)[1] == small
 
 
@@ -267,18 +242,63 @@ def test_combine_uses_positions_only_of_its_own_dispatch(ll):
     ll.combine(combine_request(output), False)
     block = output.layout_range.data_ptr()
     outputs = FakePlan.launches[0][0].outputs
-    assert FakePlan.launches[-1][4:6] == (block + outputs.source_tokens_at, block + outputs.positions_at)
+    assert FakePlan.launches[-1][4:7] == (block + outputs.source_tokens_at, block + outputs.positions_at, 0)
     for other in (output.src_info.clone(), copy.deepcopy(output.src_info)):
         request = combine_request(output, src_info=other)
         ll.combine(request, False)
         assert FakePlan.launches[-1][1] == request.x.data_ptr()
-        assert FakePlan.launches[-1][4:6] == (0, 0)
+        assert FakePlan.launches[-1][4:7] == (0, 0, 0)
         # The rows leave in the receive part then, so they are kept as they were.
         hook = ll.combine(request, True)
         assert FakePlan.launches[-1][1] != request.x.data_ptr()
         hook()
     ll.combine(combine_request(output, num_topk=1), False)
-    assert FakePlan.launches[-1][4:6] == (0, 0)
+    assert FakePlan.launches[-1][4:7] == (0, 0, 0)
+
+
+def test_weights_come_with_a_dispatch_and_are_used_by_its_combine(ll):
+    request = dispatch_request(with_weights=True)
+    output, hook = dispatch(ll, request, True)
+    hook()
+    plan, _, _, weights = FakePlan.launches[0][:4]
+    assert weights == FakePlan.launches[1][3] == request.topk_weights.data_ptr()
+    assert plan.shape[-1] is True
+    outputs, block = plan.outputs, output.layout_range.data_ptr()
+    tables = (block + outputs.source_tokens_at, block + outputs.positions_at, block + outputs.weights_at)
+    end = output.src_info.untyped_storage().data_ptr() + output.src_info.untyped_storage().nbytes()
+    assert tables[2] + 4 * 12 * 2 <= end  # float32 [R, M, K]
+    for with_hook in (False, True):
+        hook = ll.combine(combine_request(output), with_hook)
+        assert FakePlan.launches[-1][4:7] == tables
+    hook()
+    assert FakePlan.launches[-1][4:7] == tables
+    quick_combine(ll, output, combine_request(output))
+    assert FakePlan.launches[-1][4:7] == tables
+    # Rows that home sums travel as they are; a copy of the handle has no weights.
+    request = combine_request(output, sum_at_home=True)
+    ll.combine(request, False)
+    quick_combine(ll, output, request)
+    assert [launch[4:7] for launch in FakePlan.launches[-2:]] == [(*tables[:2], 0)] * 2
+    ll.combine(combine_request(output, src_info=output.src_info.clone()), False)
+    assert FakePlan.launches[-1][4:7] == (0, 0, 0)
+
+
+def test_handles_with_and_without_weights_alternate(ll):
+    outputs = [dispatch(ll, dispatch_request(with_weights=given), False)[0] for given in (False, True)]
+    for output in outputs:
+        ll.combine(combine_request(output), False)
+    for _ in range(3):
+        for given in (False, True):
+            output = outputs[given]
+            quick_combine(ll, output, combine_request(output))
+            offset = getattr(output.src_info, PLACES)[0].weights_at
+            want = output.layout_range.data_ptr() + offset if given else 0
+            assert FakePlan.launches[-1][6] == want
+            request = dispatch_request(with_weights=given)
+            (_, _, handle), _ = quick_dispatch(ll, request)
+            assert FakePlan.launches[-1][3] == (request.topk_weights.data_ptr() if given else 0)
+            assert getattr(handle[0], PLACES)[0].with_weights is given
+    assert len(FakePlan.launches) == 4 + 12
 
 
 def test_unaligned_tensors_are_copied(ll):
@@ -286,7 +306,7 @@ def test_unaligned_tensors_are_copied(ll):
     odd = torch.zeros(3 * 256 + 4, dtype=torch.bfloat16)[4:].view(3, 256)
     if odd.data_ptr() % 16 == 0:
         odd = torch.zeros(3 * 256 + 5, dtype=torch.bfloat16)[5:].view(3, 256)
-    ll.dispatch(LowLatencyDispatch(odd, request.topk_idx, 4, 7, None, None, None), False)
+    ll.dispatch(LowLatencyDispatch(odd, request.topk_idx, None, 4, 7, None, None, None), False)
     assert FakePlan.launches[-1][1] % 16 == 0
 
 
@@ -299,6 +319,7 @@ def test_signatures_differ_by_what_must_agree(ll):
         {"num_topk": 3},
         {"scale_format": "fp32"},
         {"scale_format": "pow2"},
+        {"with_weights": True},
     ]
     for given in kinds:
         ll.dispatch(dispatch_request(**given), False)
@@ -307,6 +328,18 @@ def test_signatures_differ_by_what_must_agree(ll):
     ll.dispatch(dispatch_request(idx_dtype=torch.int32), False)
     assert FakePlan.launches[-1][0].signature == signatures[0]
     assert not FakePlan.launches[-1][0].is_int64
+
+
+def test_combines_that_use_weights_and_others_do_not_match(ll):
+    def signature(output, **given):
+        ll.combine(combine_request(output, **given), False)
+        return FakePlan.launches[-1][0].signature
+
+    plain, weighted = (dispatch(ll, dispatch_request(with_weights=given), False)[0] for given in (False, True))
+    without = signature(plain)
+    assert signature(weighted) != without
+    assert signature(weighted, src_info=weighted.src_info.clone()) == without
+    assert signature(weighted, sum_at_home=True) == signature(plain, sum_at_home=True) == without
 
 
 def test_what_is_served(ll):
@@ -344,36 +377,6 @@ def test_masks_and_waits(ll):
 # Calls like one before
 
 
-def quick_dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook: bool = False, **other: Any) -> Any:
-    arguments = {
-        "x": request.x,
-        "topk_idx": request.topk_idx,
-        "num_max_tokens": request.num_max_tokens,
-        "num_experts": request.num_experts,
-        "recv_stats": request.recv_stats,
-        "wait_stats": request.wait_stats,
-        "flags": {None: (False, False, False), "fp32": (True, False, False), "pow2": (True, True, False)}[
-            request.scale_format
-        ],
-        "with_hook": with_hook,
-    }
-    return ll.try_dispatch(**{**arguments, **other})
-
-
-def quick_combine(ll: LowLatencyKernels, output: Any, request: LowLatencyCombine, **other: Any) -> Any:
-    arguments = {
-        "x": request.x,
-        "topk_idx": request.topk_idx,
-        "topk_weights": request.topk_weights,
-        "handle": output.handle,
-        "out": request.out,
-        "wait_stats": None,
-        "sum_at_home": False,
-        "with_hook": False,
-    }
-    return ll.try_combine(**{**arguments, **other})
-
-
 @pytest.mark.parametrize("scale_format", [None, "fp32", "pow2"])
 def test_a_call_like_one_before_launches_the_same(ll, scale_format):
     given = {"recv": torch.zeros(2, dtype=torch.int32), "wait": torch.zeros(3, dtype=torch.int64)}
@@ -387,9 +390,9 @@ def test_a_call_like_one_before_launches_the_same(ll, scale_format):
     assert hook is None
     assert handle[2:] == output.handle[2:]
     first, second = FakePlan.launches
-    assert second[0].__class__ is FakePlan
-    assert second[1:4] == (other.x.data_ptr(), other.topk_idx.data_ptr(), 4)
-    assert second[7:] == first[7:]
+    assert second[0].__class__ is FakeDispatchPlan
+    assert second[1:5] == (other.x.data_ptr(), other.topk_idx.data_ptr(), 0, 4)
+    assert second[8:] == first[8:]
     rows = recv_x[0] if scale_format else recv_x
     for new, old in ((rows, output.rows), (count, output.count), (handle[0], output.src_info)):
         assert (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
@@ -410,6 +413,7 @@ def test_a_call_like_one_before_launches_the_same(ll, scale_format):
         {"topk_idx": [[0, 0]] * 3},
         {"topk_idx": torch.zeros((3, 2), dtype=torch.int32)},
         {"topk_idx": torch.zeros((2, 3), dtype=torch.int64).t()},
+        {"topk_weights": torch.ones((3, 2))},
         {"num_max_tokens": 2},
         {"num_max_tokens": None},
         {"num_experts": torch.ones(2)},
@@ -425,6 +429,17 @@ def test_what_is_new_or_wrong_is_left_to_the_checks(ll, wrong):
     request = dispatch_request()
     ll.dispatch(request, False)
     assert quick_dispatch(ll, request, **wrong) is None
+    assert len(FakePlan.launches) == 1
+    assert quick_dispatch(ll, request) is not None
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, [[1.0, 1.0]] * 3, torch.ones((3, 2)).double(), torch.ones((2, 2)), torch.ones((2, 3)).t()]
+)
+def test_weights_that_are_new_or_wrong_are_left_to_the_checks(ll, wrong):
+    request = dispatch_request(with_weights=True)
+    ll.dispatch(request, False)
+    assert quick_dispatch(ll, request, topk_weights=wrong) is None
     assert len(FakePlan.launches) == 1
     assert quick_dispatch(ll, request) is not None
 
@@ -445,8 +460,8 @@ def test_a_combine_like_one_before_launches_the_same(ll):
     out, _ = quick_combine(ll, output, request, out=None)
     assert (out.shape, out.dtype) == (request.out.shape, torch.bfloat16)
     assert FakePlan.launches[2] == FakePlan.launches[1]
-    assert FakePlan.launches[3][9] == out.data_ptr()
-    assert FakePlan.launches[3][:9] == FakePlan.launches[1][:9]
+    assert FakePlan.launches[3][10] == out.data_ptr()
+    assert FakePlan.launches[3][:10] == FakePlan.launches[1][:10]
     assert ll._traffic.combine_calls == 3
 
 

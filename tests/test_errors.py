@@ -274,6 +274,8 @@ BAD_LL_DISPATCH = {
         lambda x, idx: (x, idx, 8, E, {"cumulative_local_expert_recv_stats": torch.zeros(E)}),
         ("float32", "int32"),
     ),
+    "weights dtype": (lambda x, idx: (x, idx, 8, E, {"topk_weights": torch.ones(6, K).half()}), ("float16", "float32")),
+    "weights shape": (lambda x, idx: (x, idx, 8, E, {"topk_weights": torch.ones(5, K)}), (5, 6)),
     "wait statistics dtype": (
         lambda x, idx: (x, idx, 8, E, {"dispatch_wait_recv_cost_stats": torch.zeros(1)}),
         ("float32", "int64"),
@@ -415,10 +417,15 @@ def run_mismatch(ctx: RankContext, how: str):
         idx, _ = make_topk(generator(81, ctx.rank), 4, K, E)
         rows = torch.zeros(4, 512).bfloat16()
         return catch(lambda: buffer.low_latency_dispatch(rows, idx, 16 if odd else 8, E))
+    if how == "weights at dispatch":
+        idx, weights = make_topk(generator(81, ctx.rank), 4, K, E)
+        rows = torch.zeros(4, 512).bfloat16()
+        given = weights if odd else None
+        return catch(lambda: buffer.low_latency_dispatch(rows, idx, 8, E, topk_weights=given))
     raise AssertionError(how)
 
 
-@pytest.mark.parametrize("how", ["hidden", "operation", "dtype", "experts", "low latency"])
+@pytest.mark.parametrize("how", ["hidden", "operation", "dtype", "experts", "low latency", "weights at dispatch"])
 def test_ranks_call_different_things(spawn_fresh, how):
     start = time.monotonic()
     results = spawn_fresh(3, run_mismatch, how)
@@ -432,6 +439,7 @@ def test_ranks_call_different_things(spawn_fresh, how):
         "dtype": ("bfloat16", "float32"),
         "experts": (str(E), str(2 * E)),
         "low latency": ("8", "16"),
+        "weights at dispatch": ("with_topk_weights=0", "with_topk_weights=1"),
     }[how]
     text = " ".join(outcome[1] for outcome in results)
     # Bytes a row are as good as columns and dtype.

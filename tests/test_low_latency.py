@@ -46,7 +46,7 @@ def test_serving_shapes(num_ranks, finish):
 @pytest.mark.parametrize("torchrun", [0, 2])
 def test_script(torchrun):
     out = run_script("test_low_latency.py", "--num-processes", "2", *SMALL, "--use-logfmt", torchrun=torchrun)
-    assert out.count("[check]") == 6
+    assert out.count("[check]") == 7
     assert "dispatch + combine" in out
 
 
@@ -60,6 +60,7 @@ def check(ctx: RankContext, args: argparse.Namespace, report: Report) -> None:
         "FP8, packed UE8M0 scales, hook": {"fp8": "ue8m0", "finish": "hook"},
         "summed at home": {"sum_at_home": True, "out": True},
         "zero copy": {"zero_copy": True},
+        "weights at dispatch, hook": {"weights_at_dispatch": True, "finish": "hook"},
     }
     for name, changes in cases.items():
         case = LowLatencyCase(ctx.num_ranks, tokens, most, args.hidden, args.num_topk, args.num_experts, **changes)
@@ -111,10 +112,12 @@ def time_calls(ctx: RankContext, args: argparse.Namespace, report: Report) -> No
     if args.use_logfmt:
         report.timed("combine LogFMT", args, lambda: combine(recv, handle, use_logfmt=True), combine_bytes * 10 // 16)
 
-    def both() -> None:
-        combine(recv, dispatch()[2])
+    for name, early in (("", None), (", weights at dispatch", weights)):
 
-    report.timed("dispatch + combine", args, both, received * row_bytes["fp32"] + combine_bytes)
+        def both(early=early) -> None:
+            combine(recv, dispatch(topk_weights=early)[2])
+
+        report.timed(f"dispatch + combine{name}", args, both, received * row_bytes["fp32"] + combine_bytes)
 
 
 def body(ctx: RankContext, args: argparse.Namespace) -> None:

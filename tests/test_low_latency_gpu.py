@@ -1,6 +1,7 @@
 """Low-latency kernels under `Buffer`: their bits in all formats, sizes and ways to call them, once and back to back."""
 
 import dataclasses
+import itertools
 import random
 from typing import Any
 
@@ -12,6 +13,7 @@ from harness import RankContext, environ, expect_bits, run_ranks, spawn_fresh
 from low_latency_cases import FP8_ARGS, LowLatencyCase, check_case, make_expert_rows, make_inputs
 from low_latency_soak import Soak, draw_cases, prepare, used_rows
 from soak_cases import Mismatches, as_parts
+from test_cuda_order import PLANTED_BUGS
 from test_low_latency_reference import run_mode_switch, run_statistics, run_two_outstanding
 
 CUDA_ENV = {"DEEP_EP_TEST_DEVICE": "cuda"}
@@ -65,19 +67,22 @@ def test_formats(on_gpus, num_ranks):
     for fp8 in sorted(FP8_ARGS):
         for mask in ("none", "some", "skew"):
             tokens = tuple((3 * rank + 5) % 9 for rank in range(num_ranks))
-            check_case(LowLatencyCase(num_ranks, tokens, fp8=fp8, num_experts=16, mask=mask, repeats=2))
+            case = LowLatencyCase(num_ranks, tokens, fp8=fp8, num_experts=16, mask=mask, repeats=2)
+            for early in (False, True):
+                check_case(dataclasses.replace(case, weights_at_dispatch=early))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("finish", ["sync", "async", "hook"])
-def test_ways_to_call(on_gpus, num_ranks, finish):
+@pytest.mark.parametrize("early", [False, True])
+def test_ways_to_call(on_gpus, num_ranks, finish, early):
     on_gpus(num_ranks)
     tokens = some_tokens(num_ranks, 8)
     for sum_at_home in (False, True):
         for zero_copy, out in ((False, False), (False, True), (True, False), (True, True)):
             case = LowLatencyCase(num_ranks, tokens, num_topk=6, finish=finish, sum_at_home=sum_at_home, repeats=3)
-            check_case(dataclasses.replace(case, zero_copy=zero_copy, out=out))
+            check_case(dataclasses.replace(case, zero_copy=zero_copy, out=out, weights_at_dispatch=early))
 
 
 @pytest.mark.gpu
@@ -88,12 +93,14 @@ def test_tokens_and_masks(on_gpus, num_ranks, mask):
     for tokens in ((0, 0, 0), (8, 8, 8), (1, 0, 7)):
         for finish in ("sync", "hook"):
             case = LowLatencyCase(num_ranks, tokens[:num_ranks], mask=mask, num_topk=4, num_experts=7, finish=finish)
-            check_case(dataclasses.replace(case, idx_dtype=torch.int32))
+            for early in (False, True):
+                check_case(dataclasses.replace(case, idx_dtype=torch.int32, weights_at_dispatch=early))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("finish", ["sync", "hook"])
-def test_hidden_sizes(on_gpus, finish):
+@pytest.mark.parametrize("early", [False, True])
+def test_hidden_sizes(on_gpus, finish, early):
     """Powers of two, what models use, and odd multiples of 16 bytes (bf16) and of 128 columns (FP8)."""
     on_gpus(2)
     sizes: dict[str, tuple[int, ...]] = {
@@ -104,23 +111,26 @@ def test_hidden_sizes(on_gpus, finish):
     }
     for fp8, hiddens in sizes.items():
         for hidden in hiddens:
-            check_case(LowLatencyCase(2, (5, 3), hidden=hidden, fp8=fp8, finish=finish))
+            check_case(LowLatencyCase(2, (5, 3), hidden=hidden, fp8=fp8, finish=finish, weights_at_dispatch=early))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_top_k(on_gpus, num_ranks):
+@pytest.mark.parametrize("early", [False, True])
+def test_top_k(on_gpus, num_ranks, early):
     on_gpus(num_ranks)
     for num_topk in (1, 2, 3, 4, 5, 8, 9, 11, 16, 32):
         for sum_at_home in (False, True):
             tokens = tuple(4 + rank for rank in range(num_ranks))
             case = LowLatencyCase(num_ranks, tokens, num_topk=num_topk, num_experts=40, sum_at_home=sum_at_home)
-            check_case(dataclasses.replace(case, finish="hook" if num_topk % 2 else "sync"))
+            finish = "hook" if num_topk % 2 else "sync"
+            check_case(dataclasses.replace(case, finish=finish, weights_at_dispatch=early))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("finish", ["sync", "hook"])
-def test_token_counts_up_to_the_maximum(on_gpus, finish):
+@pytest.mark.parametrize("early", [False, True])
+def test_token_counts_up_to_the_maximum(on_gpus, finish, early):
     on_gpus(2)
     for max_tokens, tokens in (
         (1, (1, 0)),
@@ -131,9 +141,14 @@ def test_token_counts_up_to_the_maximum(on_gpus, finish):
         (64, (8, 1)),
     ):
         case = LowLatencyCase(2, tokens, max_tokens, hidden=256, num_topk=4, num_experts=12, finish=finish)
-        check_case(dataclasses.replace(case, fp8="pow2"))
+        check_case(dataclasses.replace(case, fp8="pow2", weights_at_dispatch=early))
+    # Rows in slots, in one piece and in several.
+    for fp8, hidden in (("fp32", 2560), ("none", 1160), ("ue8m0", 7168)):
+        case = LowLatencyCase(2, (200, 131), 200, hidden=hidden, num_topk=4, num_experts=12, finish=finish, fp8=fp8)
+        check_case(dataclasses.replace(case, weights_at_dispatch=early))
     # More rows than a block for each, at the size that decoding uses.
-    check_case(LowLatencyCase(2, (128, 128), 128, hidden=7168, num_topk=8, num_experts=16, finish=finish))
+    case = LowLatencyCase(2, (128, 128), 128, hidden=7168, num_topk=8, num_experts=16, finish=finish)
+    check_case(dataclasses.replace(case, weights_at_dispatch=early))
 
 
 @pytest.mark.gpu
@@ -141,7 +156,9 @@ def test_token_counts_up_to_the_maximum(on_gpus, finish):
 def test_numbers_of_experts(on_gpus, num_experts):
     """Experts need not divide by the ranks; tokens may name fewer than K of them."""
     on_gpus(2)
-    check_case(LowLatencyCase(2, (12, 9), 16, hidden=256, num_topk=8, num_experts=num_experts))
+    for early in (False, True):
+        case = LowLatencyCase(2, (12, 9), 16, hidden=256, num_topk=8, num_experts=num_experts)
+        check_case(dataclasses.replace(case, weights_at_dispatch=early))
 
 
 @pytest.mark.gpu
@@ -168,10 +185,10 @@ def run_constant(ctx: RankContext, tokens: int) -> None:
     x = torch.full((tokens, 256), ctx.rank + 1, dtype=torch.bfloat16, device=ctx.device)
     idx = torch.arange(num_experts, device=ctx.device).expand(tokens, -1).contiguous()
     weights = torch.full(idx.shape, 0.5, device=ctx.device)
-    for way in ("sync", "hook"):
+    for way, early in itertools.product(("sync", "hook"), (False, True)):
         options = {"return_recv_hook": way == "hook"}
         recv, count, handle, _, hook = buffer.low_latency_dispatch(
-            x, idx, tokens, num_experts, use_fp8=False, **options
+            x, idx, tokens, num_experts, use_fp8=False, topk_weights=weights if early else None, **options
         )
         if hook is not None:
             hook()
@@ -183,7 +200,8 @@ def run_constant(ctx: RankContext, tokens: int) -> None:
         if hook is not None:
             hook()
         total = 0.5 * (ctx.rank + 1) * num_experts * (num_experts + 1) / 2
-        assert bool((combined == total).all()), f"{way}: {combined[:, 0].tolist()}, expected {total}"
+        how = f"{way}, weights at dispatch={early}"
+        assert bool((combined == total).all()), f"{how}: {combined[:, 0].tolist()}, expected {total}"
     finished(buffer)
 
 
@@ -214,15 +232,18 @@ def run_hard_values(ctx: RankContext) -> None:
         for part, (mine, other) in enumerate(zip(as_parts(got[0]), as_parts(want[0]), strict=True)):
             flat = [t.cpu().reshape(-1, t.shape[2])[used] for t in (mine, other)]
             expect_bits(*flat, f"{fp8}: part {part}")
+        weighted = buffer.low_latency_dispatch(*on_device[:2], 32, num_experts, topk_weights=on_device[2], **options)
         for sum_at_home in (False, True):
-            for hook in (False, True):
+            other = portable.low_latency_combine(rows, idx, weights, want[2], sum_at_home=sum_at_home)[0]
+            for hook, early in itertools.product((False, True), (False, True)):
+                handle = weighted[2] if early else got[2]
                 mine, _, finish = buffer.low_latency_combine(
-                    on_device[3], *on_device[1:3], got[2], sum_at_home=sum_at_home, return_recv_hook=hook
+                    on_device[3], *on_device[1:3], handle, sum_at_home=sum_at_home, return_recv_hook=hook
                 )
                 if finish is not None:
                     finish()
-                other = portable.low_latency_combine(rows, idx, weights, want[2], sum_at_home=sum_at_home)[0]
-                expect_bits(mine, other, f"{fp8}: combined, sum_at_home={sum_at_home}, hook={hook}")
+                how = f"sum_at_home={sum_at_home}, hook={hook}, weights at dispatch={early}"
+                expect_bits(mine, other, f"{fp8}: combined, {how}")
     finished(buffer)
 
 
@@ -232,14 +253,16 @@ def test_hard_values(on_gpus):
     run_ranks(2, run_hard_values)
 
 
-def run_repeats(ctx: RankContext, count: int) -> None:
+def run_repeats(ctx: RankContext, count: int, early: bool) -> None:
     """Rows beyond the counts may hold anything; all else has the same bits each time."""
     buffer, case = make_buffer(ctx), LowLatencyCase(ctx.num_ranks, (64,) * ctx.num_ranks, 64, 2048, 8, 32)
     x, idx, weights = (t.to(ctx.device) for t in make_inputs(case, ctx.rank))
     rows = make_expert_rows(case, ctx.rank).to(ctx.device)
     mismatches, first, used = Mismatches(ctx.device), None, None
     for number in range(count):
-        recv, recv_count, handle, _, _ = buffer.low_latency_dispatch(x, idx, 64, 32, **FP8_ARGS[case.fp8])
+        recv, recv_count, handle, _, _ = buffer.low_latency_dispatch(
+            x, idx, 64, 32, topk_weights=weights if early else None, **FP8_ARGS[case.fp8]
+        )
         combined = buffer.low_latency_combine(rows, idx, weights, handle)[0]
         if used is None:
             used = used_rows(recv_count, rows.shape[1]).to(ctx.device)
@@ -254,9 +277,10 @@ def run_repeats(ctx: RankContext, count: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_repeats_have_equal_bits(on_gpus, num_ranks):
+@pytest.mark.parametrize("early", [False, True])
+def test_repeats_have_equal_bits(on_gpus, num_ranks, early):
     on_gpus(num_ranks)
-    run_ranks(num_ranks, run_repeats, 200)
+    run_ranks(num_ranks, run_repeats, 200, early)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -264,16 +288,27 @@ def test_repeats_have_equal_bits(on_gpus, num_ranks):
 
 
 def run_rebuilt_handles(ctx: RankContext) -> None:
-    """A handle made of its values alone, entries left out since the dispatch, and rows of another dispatch's width."""
+    """A handle made of its values alone, entries left out since the dispatch, and rows of another dispatch's width.
+
+    With the weights at dispatch entries cannot be left out, unless they are not used: by a copy, or for sums at home.
+    """
     buffer, portable = make_buffer(ctx), make_buffer(ctx, "portable")
     for number, case in enumerate(draw_cases(ctx.num_ranks, 8, 80)):
         prepared = prepare(ctx, portable, case)
+        early = case.weights_at_dispatch
         handle = buffer.low_latency_dispatch(
-            prepared.x, prepared.idx, case.max_tokens, case.num_experts, **FP8_ARGS[case.fp8]
+            prepared.x,
+            prepared.idx,
+            case.max_tokens,
+            case.num_experts,
+            topk_weights=prepared.weights if early else None,
+            **FP8_ARGS[case.fp8],
         )[2]
         rebuilt = (handle[0].clone(), handle[1].clone(), *handle[2:])
         for its_handle in (handle, rebuilt, handle):
             for (sum_at_home, with_dropped), want in prepared.combined.items():
+                if early and with_dropped and not sum_at_home and its_handle is handle:
+                    continue
                 for hook in (False, True):
                     got, _, finish = buffer.low_latency_combine(
                         prepared.rows,
@@ -286,6 +321,7 @@ def run_rebuilt_handles(ctx: RankContext) -> None:
                     if finish is not None:
                         finish()
                     how = f"rebuilt={its_handle is rebuilt}, home={sum_at_home}, dropped={with_dropped}, hook={hook}"
+                    how += f", weights at dispatch={early}"
                     expect_bits(got, want, f"case {number}, {how}")
     finished(buffer)
 
@@ -320,11 +356,14 @@ def test_different_maxima_on_one_buffer(on_gpus, num_ranks):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("run", [run_mode_switch, run_statistics, run_two_outstanding])
-def test_modes_statistics_and_two_batches(on_gpus, run):
+@pytest.mark.parametrize(
+    ("run", "args"),
+    [(run_mode_switch, ()), (run_statistics, ()), (run_two_outstanding, (False,)), (run_two_outstanding, (True,))],
+)
+def test_modes_statistics_and_two_batches(on_gpus, run, args):
     """What the portable engine's tests do, on the kernels."""
     on_gpus(2)
-    run_ranks(2, run)
+    run_ranks(2, run, *args)
 
 
 def run_alternating_modes(ctx: RankContext, count: int) -> None:
@@ -368,8 +407,8 @@ def run_logfmt(ctx: RankContext) -> None:
     rows = make_expert_rows(case, ctx.rank) * 0.125  # below 1: otherwise chunks travel as bf16
     want = portable.low_latency_combine(rows, idx, weights, portable.low_latency_dispatch(x, idx, 8, 8)[2], True)[0]
     on_device = [t.to(ctx.device) for t in (x, idx, weights, rows)]
-    handle = buffer.low_latency_dispatch(*on_device[:2], 8, 8)[2]
-    for _ in range(2):
+    for early in (None, on_device[2]):  # the weights that came are not used
+        handle = buffer.low_latency_dispatch(*on_device[:2], 8, 8, topk_weights=early)[2]
         expect_bits(buffer.low_latency_combine(on_device[3], *on_device[1:3], handle, True)[0], want, "LogFMT")
         buffer.low_latency_combine(on_device[3], *on_device[1:3], handle)
     finished(buffer)
@@ -423,6 +462,30 @@ def test_with_delays(on_gpus, seed):
     """Seeded delays at every signal and wait, in the order of operations and bits of which nothing may change."""
     on_gpus(2)
     run_ranks(2, run_soak, "cuda", 16, 250, 50 + seed, seed)
+
+
+def run_unawaited(ctx: RankContext, planted: int) -> int:
+    """How many results of some operations differ. They are of many shapes, so stale rows are not the right ones."""
+    portable, buffer = make_buffer(ctx, "portable"), make_buffer(ctx)
+    prepared = [prepare(ctx, portable, case) for case in draw_cases(ctx.num_ranks, 8, 70)]
+    ctx.barrier()
+    Soak(ctx, buffer, prepared, 70).run(20)
+    finished(buffer)
+    ctx.barrier()
+    buffer.runtime.kernels.domain.set_debug(1, planted)
+    soak = Soak(ctx, buffer, prepared, 71)
+    soak.run(60)
+    finished(buffer)
+    ctx.barrier()
+    return len(soak.mismatches.found())
+
+
+@pytest.mark.gpu
+def test_rows_that_are_not_awaited_show(on_gpus):
+    """The comparisons of the soak can fail: they do when kernels take rows that have not come."""
+    on_gpus(2)
+    assert sum(run_ranks(2, run_unawaited, PLANTED_BUGS["announcement not awaited"])) > 0
+    assert run_ranks(2, run_unawaited, 0) == [0, 0]
 
 
 @pytest.mark.gpu(2)

@@ -26,20 +26,29 @@ CUDA_ENV = {"DEEP_EP_TEST_DEVICE": "cuda"}
 
 def run_pair(buffer: Any, case: LowLatencyCase, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> Any:
     """Dispatch in bf16 and combine what came, doubled: (received rows, counts, combined)."""
-    recv, count, handle, _, _ = buffer.low_latency_dispatch(x, idx, case.max_tokens, case.num_experts, use_fp8=False)
+    early = weights if case.weights_at_dispatch else None
+    recv, count, handle, _, _ = buffer.low_latency_dispatch(
+        x, idx, case.max_tokens, case.num_experts, use_fp8=False, topk_weights=early
+    )
     return recv, count, buffer.low_latency_combine(recv * 2, idx, weights, handle)[0]
 
 
-def run_no_host_wait(ctx: RankContext) -> None:
+def run_no_host_wait(ctx: RankContext, early: bool) -> None:
     """Calls behind a sleeping stream return at once; the peers, which do not sleep, may be operations ahead."""
     buffer = make_buffer(ctx)
-    case = LowLatencyCase(ctx.num_ranks, (20,) * ctx.num_ranks, 32, 1024, 4, 8, fp8="none")
+    case = LowLatencyCase(ctx.num_ranks, (20,) * ctx.num_ranks, 32, 1024, 4, 8, fp8="none", weights_at_dispatch=early)
     inputs = tuple(t.to(ctx.device) for t in make_inputs(case, ctx.rank))
     want = run_pair(buffer, case, *inputs)[2].clone()
 
     def hooked() -> torch.Tensor:
         recv, _, handle, _, hook = buffer.low_latency_dispatch(
-            inputs[0], inputs[1], case.max_tokens, case.num_experts, use_fp8=False, return_recv_hook=True
+            inputs[0],
+            inputs[1],
+            case.max_tokens,
+            case.num_experts,
+            use_fp8=False,
+            return_recv_hook=True,
+            topk_weights=inputs[2] if early else None,
         )
         hook()
         combined, _, hook = buffer.low_latency_combine(recv * 2, *inputs[1:], handle, return_recv_hook=True)
@@ -67,15 +76,16 @@ def run_no_host_wait(ctx: RankContext) -> None:
 
 
 @pytest.mark.gpu
-def test_no_host_wait(on_gpus):
+@pytest.mark.parametrize("early", [False, True])
+def test_no_host_wait(on_gpus, early):
     on_gpus(2)
-    run_ranks(2, run_no_host_wait)
+    run_ranks(2, run_no_host_wait, early)
 
 
-def run_streams(ctx: RankContext) -> None:
+def run_streams(ctx: RankContext, early: bool) -> None:
     """Asynchronous calls ordered by their events; inputs that a slow stream makes; hooks called on another stream."""
     buffer = make_buffer(ctx)
-    case = LowLatencyCase(ctx.num_ranks, (20,) * ctx.num_ranks, 32, 1024, 4, 8, fp8="none")
+    case = LowLatencyCase(ctx.num_ranks, (20,) * ctx.num_ranks, 32, 1024, 4, 8, fp8="none", weights_at_dispatch=early)
     inputs = tuple(t.to(ctx.device) for t in make_inputs(case, ctx.rank))
     recv, _, want = (t.clone() for t in run_pair(buffer, case, *inputs))
     torch.cuda.synchronize()
@@ -84,7 +94,7 @@ def run_streams(ctx: RankContext) -> None:
         torch.cuda._sleep(SHORT_SLEEP)
         late = tuple(t.clone() for t in inputs)
         packed, _, handle, event, _ = buffer.low_latency_dispatch(
-            late[0], late[1], 32, 8, use_fp8=False, async_finish=True
+            late[0], late[1], 32, 8, use_fp8=False, async_finish=True, topk_weights=late[2] if early else None
         )
         del late
         event.current_stream_wait()
@@ -93,18 +103,22 @@ def run_streams(ctx: RankContext) -> None:
         del doubled, packed
     event.current_stream_wait()
     expect_bits(combined, want, "asynchronous calls")
-    # The receive phase belongs to the stream of the call, wherever its hook is called.
+    # The receive phase belongs to the stream of the call, wherever its hook is called. The send phase has taken what it
+    # was given: the caller may write that again before the hook.
     with torch.cuda.stream(slow):
+        taken = tuple(t.clone() for t in inputs)
         packed, count, handle, _, hook = buffer.low_latency_dispatch(
-            inputs[0], inputs[1], 32, 8, use_fp8=False, return_recv_hook=True
+            taken[0], taken[1], 32, 8, use_fp8=False, return_recv_hook=True, topk_weights=taken[2] if early else None
         )
+        for tensor in taken:
+            tensor.zero_()
     hook()
     slow.synchronize()
     used = used_rows(count, packed.shape[1])
     expect_bits(
         packed.cpu().view(-1, case.hidden)[used], recv.cpu().view(-1, case.hidden)[used], "a hook on another stream"
     )
-    # The send phase has taken the rows: the caller may write them again before the hook.
+    # So it is with the rows of a combine.
     torch.cuda.current_stream().wait_stream(slow)
     rows = packed * 2
     combined, _, hook = buffer.low_latency_combine(rows, *inputs[1:], handle, return_recv_hook=True)
@@ -115,15 +129,17 @@ def run_streams(ctx: RankContext) -> None:
 
 
 @pytest.mark.gpu
-def test_streams(on_gpus):
+@pytest.mark.parametrize("early", [False, True])
+def test_streams(on_gpus, early):
     on_gpus(2)
-    run_ranks(2, run_streams)
+    run_ranks(2, run_streams, early)
 
 
-def run_outstanding(ctx: RankContext) -> None:
+def run_outstanding(ctx: RankContext, early: bool) -> None:
     buffer = make_buffer(ctx)
     x, idx, weights = (t.to(ctx.device) for t in make_inputs(LowLatencyCase(), ctx.rank))
     want = buffer.low_latency_combine(*_dispatched(buffer, x, idx, weights))[0]
+    hooked = {"use_fp8": False, "return_recv_hook": True, "topk_weights": weights if early else None}
     hooks = []
     for _ in range(2):
         hooks.append(buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False, return_recv_hook=True)[4])
@@ -139,13 +155,13 @@ def run_outstanding(ctx: RankContext) -> None:
         buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False, async_finish=True, return_recv_hook=True)
     expect_bits(buffer.low_latency_combine(*_dispatched(buffer, x, idx, weights))[0], want, "after a refusal")
     # Two micro-batches in turn, each with a dispatch or a combine under way while the other's begins.
-    first = buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False, return_recv_hook=True)
+    first = buffer.low_latency_dispatch(x, idx, 8, 8, **hooked)
     for _ in range(5):
-        second = buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False, return_recv_hook=True)
+        second = buffer.low_latency_dispatch(x, idx, 8, 8, **hooked)
         first[4]()
         back = buffer.low_latency_combine(first[0], idx, weights, first[2], return_recv_hook=True)
         second[4]()
-        first = buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False, return_recv_hook=True)
+        first = buffer.low_latency_dispatch(x, idx, 8, 8, **hooked)
         back[2]()
         expect_bits(back[0], want, "the first micro-batch")
         back = buffer.low_latency_combine(second[0], idx, weights, second[2], return_recv_hook=True)
@@ -155,22 +171,27 @@ def run_outstanding(ctx: RankContext) -> None:
     finished(buffer)
 
 
-def _dispatched(buffer: Any, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> tuple[Any, ...]:
-    recv, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False)
+def _dispatched(
+    buffer: Any, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, early: bool = False
+) -> tuple[Any, ...]:
+    recv, _, handle, _, _ = buffer.low_latency_dispatch(
+        x, idx, 8, 8, use_fp8=False, topk_weights=weights if early else None
+    )
     return recv, idx, weights, handle
 
 
 @pytest.mark.gpu
-def test_outstanding_operations(on_gpus):
+@pytest.mark.parametrize("early", [False, True])
+def test_outstanding_operations(on_gpus, early):
     on_gpus(2)
-    run_ranks(2, run_outstanding)
+    run_ranks(2, run_outstanding, early)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # CUDA graphs
 
 
-def run_graphs(ctx: RankContext, count: int, hooked: bool) -> None:
+def run_graphs(ctx: RankContext, count: int, hooked: bool, early: bool) -> None:
     """Three graphs of different maxima alive at once, replayed in any order between eager calls."""
     buffer, portable = make_buffer(ctx), make_buffer(ctx, "portable")
     pick, mismatches = random.Random(11), Mismatches(ctx.device)  # equal on all ranks
@@ -179,7 +200,13 @@ def run_graphs(ctx: RankContext, count: int, hooked: bool) -> None:
 
     def pair(case: LowLatencyCase, static: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         recv, recv_count, handle, _, hook = buffer.low_latency_dispatch(
-            static[0], static[1], case.max_tokens, case.num_experts, **FP8_ARGS[case.fp8], **options
+            static[0],
+            static[1],
+            case.max_tokens,
+            case.num_experts,
+            topk_weights=static[2] if early else None,
+            **FP8_ARGS[case.fp8],
+            **options,
         )
         if hook is not None:
             hook()
@@ -233,36 +260,39 @@ def run_graphs(ctx: RankContext, count: int, hooked: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("hooked", [False, True])
-def test_graphs(on_gpus, num_ranks, hooked):
+@pytest.mark.parametrize("early", [False, True])
+def test_graphs(on_gpus, num_ranks, hooked, early):
     on_gpus(num_ranks)
-    run_ranks(num_ranks, run_graphs, 150, hooked)
+    run_ranks(num_ranks, run_graphs, 150, hooked, early)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Statistics of waits
 
 
-def run_rows_written_before_the_hook(ctx: RankContext) -> None:
-    """A handle whose src_info is a copy: combine has to look rows up, and they may be written before its hook."""
+def run_rows_written_before_the_hook(ctx: RankContext, early: bool) -> None:
+    """Also with a handle whose src_info is a copy, of which combine has to look rows up."""
     buffer = make_buffer(ctx)
     x, idx, weights = (t.to(ctx.device) for t in make_inputs(LowLatencyCase(), ctx.rank))
-    rows, _, _, handle = _dispatched(buffer, x, idx, weights)
+    rows, _, _, handle = _dispatched(buffer, x, idx, weights, early)
     want = buffer.low_latency_combine(rows, idx, weights, handle)[0]
-    copied = (handle[0].clone(), *handle[1:])
-    combined, _, hook = buffer.low_latency_combine(rows, idx, weights, copied, return_recv_hook=True)
-    rows.fill_(float("nan"))
-    hook()
-    expect_bits(combined, want, "rows written before the hook")
+    for its_handle in (handle, (handle[0].clone(), *handle[1:])):
+        given = rows.clone()
+        combined, _, hook = buffer.low_latency_combine(given, idx, weights, its_handle, return_recv_hook=True)
+        given.fill_(float("nan"))
+        hook()
+        expect_bits(combined, want, f"rows written before the hook, copied={its_handle is not handle}")
     finished(buffer)
 
 
 @pytest.mark.gpu
-def test_rows_may_be_written_before_the_hook(on_gpus):
+@pytest.mark.parametrize("early", [False, True])
+def test_rows_may_be_written_before_the_hook(on_gpus, early):
     on_gpus(2)
-    run_ranks(2, run_rows_written_before_the_hook)
+    run_ranks(2, run_rows_written_before_the_hook, early)
 
 
-def run_repeated_calls(ctx: RankContext) -> None:
+def run_repeated_calls(ctx: RankContext, early: bool) -> None:
     """Calls that skip the detailed checks: outputs stay as they were while later ones come, on any stream."""
     buffer = make_buffer(ctx)
     case = LowLatencyCase(ctx.num_ranks, (20,) * ctx.num_ranks, 32, 1024, 4, 8)
@@ -273,7 +303,7 @@ def run_repeated_calls(ctx: RankContext) -> None:
     for number in range(60):
         with torch.cuda.stream(streams[number % 3 if number >= 30 else 0]):
             recv, count, handle, _, _ = buffer.low_latency_dispatch(
-                x, idx, 32, 8, cumulative_local_expert_recv_stats=stats
+                x, idx, 32, 8, cumulative_local_expert_recv_stats=stats, topk_weights=weights if early else None
             )
             rows = torch.ones(recv[0].shape, dtype=torch.bfloat16, device=ctx.device)
             combined = buffer.low_latency_combine(rows, idx, weights, handle)[0]
@@ -296,16 +326,18 @@ def run_repeated_calls(ctx: RankContext) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_repeated_calls(on_gpus, num_ranks):
+@pytest.mark.parametrize("early", [False, True])
+def test_repeated_calls(on_gpus, num_ranks, early):
     on_gpus(num_ranks)
-    run_ranks(num_ranks, run_repeated_calls)
+    run_ranks(num_ranks, run_repeated_calls, early)
 
 
-def run_waits(ctx: RankContext) -> dict[str, list[float]]:
+def run_waits(ctx: RankContext, early: bool) -> dict[str, list[float]]:
     """Milliseconds that each rank waited for each, when rank 1 was late by a second in both operations."""
     buffer = make_buffer(ctx)
     x, idx, weights = (t.to(ctx.device) for t in make_inputs(LowLatencyCase(ctx.num_ranks, (6,) * 8), ctx.rank))
-    recv, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False)
+    given = {"use_fp8": False, "topk_weights": weights if early else None}
+    recv, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, 8, **given)
     buffer.low_latency_combine(recv, idx, weights, handle)
     seen: dict[str, list[float]] = {}
     for name in ("dispatch", "combine"):
@@ -316,7 +348,7 @@ def run_waits(ctx: RankContext) -> dict[str, list[float]]:
             time.sleep(1.0)
         if name == "dispatch":
             recv, _, handle, _, _ = buffer.low_latency_dispatch(
-                x, idx, 8, 8, dispatch_wait_recv_cost_stats=stats, use_fp8=False
+                x, idx, 8, 8, dispatch_wait_recv_cost_stats=stats, **given
             )
         else:
             buffer.low_latency_combine(recv, idx, weights, handle, combine_wait_recv_cost_stats=stats)
@@ -324,7 +356,7 @@ def run_waits(ctx: RankContext) -> dict[str, list[float]]:
         once = stats.clone()
         assert buffer.last_waits()[f"low_latency_{name}"] == once.tolist()
         if name == "dispatch":  # they add up
-            buffer.low_latency_dispatch(x, idx, 8, 8, dispatch_wait_recv_cost_stats=stats, use_fp8=False)
+            buffer.low_latency_dispatch(x, idx, 8, 8, dispatch_wait_recv_cost_stats=stats, **given)
             finished(buffer)
             assert bool((stats >= once).all())
         seen[name] = (once.double() / 1e6).tolist()
@@ -333,9 +365,10 @@ def run_waits(ctx: RankContext) -> dict[str, list[float]]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_wait_times(on_gpus, num_ranks):
+@pytest.mark.parametrize("early", [False, True])
+def test_wait_times(on_gpus, num_ranks, early):
     on_gpus(num_ranks)
-    results = run_ranks(num_ranks, run_waits)
+    results = run_ranks(num_ranks, run_waits, early)
     for rank, seen in enumerate(results):
         for name, waited_ms in seen.items():
             what = f"{name}: rank {rank} waited {waited_ms} ms"
@@ -347,13 +380,57 @@ def test_wait_times(on_gpus, num_ranks):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Lost ranks
+# Ranks that disagree, and lost ones
 
 
-def run_without(ctx: RankContext, lost: int, how: str, shrink: bool) -> Any:
+def run_weights_of_some(ctx: RankContext, how: str) -> Any:
+    """The last rank has weights from the dispatch, or uses them, where the others do not: what each of them is told."""
+    buffer = make_buffer(ctx, timeout_s=20)
+    case = LowLatencyCase(ctx.num_ranks, (6,) * ctx.num_ranks)
+    x, idx, weights = (t.to(ctx.device) for t in make_inputs(case, ctx.rank))
+    want = buffer.low_latency_combine(*_dispatched(buffer, x, idx, weights, True))[0].clone()
+    rows, _, _, handle = _dispatched(buffer, x, idx, weights, True)
+    copied = (handle[0].clone(), *handle[1:])
+    finished(buffer)
+    ctx.barrier()
+    odd, start = ctx.rank == ctx.num_ranks - 1, time.monotonic()
+
+    def act() -> None:
+        if how == "dispatch":
+            _dispatched(buffer, x, idx, weights, odd)
+        elif how == "copied handle":
+            buffer.low_latency_combine(rows, idx, weights, handle if odd else copied)
+        else:
+            buffer.low_latency_combine(rows, idx, weights, handle, sum_at_home=not odd)
+        finished(buffer)
+
+    error, seconds = outcome(act), time.monotonic() - start
+    ctx.barrier()
+    buffer.recover()
+    again = buffer.low_latency_combine(*_dispatched(buffer, x, idx, weights, True))[0]
+    expect_bits(again, want, "after a recovery")
+    finished(buffer)
+    return error, seconds
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("how", ["dispatch", "copied handle", "sum at home"])
+def test_weights_of_some_ranks_only(on_gpus, num_ranks, how):
+    on_gpus(num_ranks)
+    for rank, (error, seconds) in enumerate(run_ranks(num_ranks, run_weights_of_some, how)):
+        assert error is not None, rank
+        assert error[0] == "PeerError", error
+        assert error[1] != rank
+        assert seconds < 15, "a mismatch is known at once"
+
+
+def run_without(ctx: RankContext, lost: int, how: str, shrink: bool, early: bool = False) -> Any:
     """Rank `lost` takes no part any more: it dies, or stays silent. What the others return, and their times."""
     num_experts = 2 * ctx.num_ranks
-    case = LowLatencyCase(ctx.num_ranks, (6,) * ctx.num_ranks, num_experts=num_experts, seed=31)
+    case = LowLatencyCase(
+        ctx.num_ranks, (6,) * ctx.num_ranks, num_experts=num_experts, seed=31, weights_at_dispatch=early
+    )
     x, idx, weights = (t.to(ctx.device) for t in make_inputs(case, ctx.rank))
     # Of the two deadlines the other one is far off.
     deadlines = {"mask_timeout_us": 2_000_000} if shrink else {"timeout_s": 2.0, "mask_timeout_us": 1}
@@ -375,7 +452,9 @@ def run_without(ctx: RankContext, lost: int, how: str, shrink: bool) -> Any:
     mask = torch.full((ctx.num_ranks,), 7, dtype=torch.int32, device=ctx.device)
     results = []
     for _ in range(3):
-        recv, count, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, num_experts, use_fp8=False)
+        recv, count, handle, _, _ = buffer.low_latency_dispatch(
+            x, idx, 8, num_experts, use_fp8=False, topk_weights=weights if early else None
+        )
         combined = buffer.low_latency_combine(recv * 2, idx, weights, handle)[0]
         finished(buffer)
         results.append((count.cpu(), handle[1].cpu(), combined.cpu()))
@@ -401,16 +480,18 @@ def run_without(ctx: RankContext, lost: int, how: str, shrink: bool) -> Any:
 
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("how", ["killed", "silent"])
-def test_the_others_go_on_without_a_lost_rank(how):
-    rest, gone = spawn_fresh(2, run_without, 1, how, True, timeout=90, env=CUDA_ENV)
+@pytest.mark.parametrize("early", [False, True])
+def test_the_others_go_on_without_a_lost_rank(how, early):
+    rest, gone = spawn_fresh(2, run_without, 1, how, True, early, timeout=90, env=CUDA_ENV)
     assert isinstance(gone, Died) == (how == "killed")
     check_rest(rest, 0, 1, 2)
 
 
 @pytest.mark.gpu
-def test_two_go_on_without_a_third(on_gpus):
+@pytest.mark.parametrize("early", [False, True])
+def test_two_go_on_without_a_third(on_gpus, early):
     on_gpus(3)
-    results = spawn_fresh(3, run_without, 1, "silent", True, timeout=120, env=CUDA_ENV)
+    results = spawn_fresh(3, run_without, 1, "silent", True, early, timeout=120, env=CUDA_ENV)
     for rank in (0, 2):
         check_rest(results[rank], rank, 1, 3)
 
@@ -431,17 +512,19 @@ def check_rest(result: Any, rank: int, lost: int, num_ranks: int) -> None:
 
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("how", ["killed", "silent"])
-def test_a_lost_rank_is_named(how):
-    rest = spawn_fresh(2, run_without, 1, how, False, timeout=90, env=CUDA_ENV)[0]
+@pytest.mark.parametrize("early", [False, True])
+def test_a_lost_rank_is_named(how, early):
+    rest = spawn_fresh(2, run_without, 1, how, False, early, timeout=90, env=CUDA_ENV)[0]
     assert rest is not None
     assert rest[:2] == ("CommTimeout", 1), rest
     assert "rank 1" in rest[2]
 
 
-def run_masked_by_hand(ctx: RankContext) -> None:
+def run_masked_by_hand(ctx: RankContext, early: bool) -> None:
     """Masks set before a call, taken back, and the rank that takes part again."""
     buffer = make_buffer(ctx, enable_shrink=True, timeout_s=20)
-    case = LowLatencyCase(ctx.num_ranks, (6,) * ctx.num_ranks, num_experts=2 * ctx.num_ranks)
+    tokens, num_experts = (6,) * ctx.num_ranks, 2 * ctx.num_ranks
+    case = LowLatencyCase(ctx.num_ranks, tokens, num_experts=num_experts, weights_at_dispatch=early)
     inputs = tuple(t.to(ctx.device) for t in make_inputs(case, ctx.rank))
     want = run_pair(buffer, case, *inputs)[2].clone()
     last, status = ctx.num_ranks - 1, torch.full((ctx.num_ranks,), 9, dtype=torch.int32, device=ctx.device)
@@ -473,6 +556,7 @@ def run_masked_by_hand(ctx: RankContext) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_masks_by_hand(on_gpus, num_ranks):
+@pytest.mark.parametrize("early", [False, True])
+def test_masks_by_hand(on_gpus, num_ranks, early):
     on_gpus(num_ranks)
-    run_ranks(num_ranks, run_masked_by_hand)
+    run_ranks(num_ranks, run_masked_by_hand, early)

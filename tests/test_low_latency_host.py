@@ -44,9 +44,9 @@ def combine(world: Any, handle: Any, **other: Any) -> Any:
     return world.buffer.low_latency_combine(**{**arguments, **other})
 
 
-def empty_handle(world: Any) -> Any:
+def empty_handle(world: Any, **other: Any) -> Any:
     """Of a dispatch that received nothing, as the kernels would have written it."""
-    handle = dispatch(world)[2]
+    handle = dispatch(world, **other)[2]
     handle[0].fill_(-1)
     handle[1].zero_()
     return handle
@@ -74,6 +74,25 @@ def test_checked_and_repeated_calls_agree(world):
     assert traffic.dispatch_dtypes == {"bfloat16": 2, "float8_e4m3fn": 2}
     assert traffic.dispatch_bytes == 6 * 2 * H + 6 * (H + 4 * H // 128)
     assert traffic.combine_bytes == 12 * 2 * H
+
+
+def test_weights_may_go_with_the_dispatch(world):
+    """In the first call and in later ones, contiguous or not; combine uses what came, unless home is to sum."""
+    strided = torch.ones((2, 3)).t()
+    for given in (world.weights, world.weights, strided):
+        handle = dispatch(world, topk_weights=given)[2]
+        assert FakePlan.launches[-1][3] not in (0, strided.data_ptr())
+        for sum_at_home in (False, True, False):
+            combine(world, handle, sum_at_home=sum_at_home)
+            assert (FakePlan.launches[-1][6] == 0) == sum_at_home
+    # Without tokens there may be no address.
+    nothing = {"x": world.x[:0], "topk_idx": world.idx[:0], "topk_weights": world.weights[:0]}
+    dispatch(world, **nothing)
+    assert FakePlan.launches[-1][0].shape[-1] is True
+    num_launches = len(FakePlan.launches)
+    handle = empty_handle(world, topk_weights=world.weights)
+    combine(world, handle, use_logfmt=True)  # of the portable engine
+    assert len(FakePlan.launches) == num_launches + 1
 
 
 def test_a_third_outstanding_operation_takes_part_in_nothing(world):
@@ -165,6 +184,9 @@ def test_dropped_hooks_of_the_portable_engine_hold_nothing(world):
         {"use_ue8m0": True},
         {"cumulative_local_expert_recv_stats": torch.zeros(2 * E, dtype=torch.int32)[::2]},
         {"dispatch_wait_recv_cost_stats": torch.zeros(1)},
+        {"topk_weights": [[1.0, 1.0]] * 3},
+        {"topk_weights": torch.ones((3, 1))},
+        {"topk_weights": torch.ones((3, 2)).bfloat16()},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )

@@ -41,6 +41,7 @@ def ranges(shape: Shape) -> list[tuple[int, int, str]]:
         "dispatch_header": HEADER_BYTES,
         "dispatch_counts": 8 * num_local,
         "dispatch_entries": 8 * selections,
+        "dispatch_weights": 8 * selections,
         "combine_header": HEADER_BYTES,
         "combine_selections": PACKET_BYTES * selections,
     }
@@ -138,9 +139,10 @@ def test_rows_are_cut_into_whole_steps(row_bytes, wanted):
     num_ranks=st.integers(1, 9),
     num_max_tokens=st.integers(1, 130),
     num_topk=st.integers(1, 32),
+    with_weights=st.booleans(),
 )
-def test_outputs_do_not_overlap(num_local, num_ranks, num_max_tokens, num_topk):
-    outputs = _C.LowLatencyOutputs(num_local, num_ranks, num_max_tokens, num_topk)
+def test_outputs_do_not_overlap(num_local, num_ranks, num_max_tokens, num_topk, with_weights):
+    outputs = _C.LowLatencyOutputs(num_local, num_ranks, num_max_tokens, num_topk, with_weights)
     capacity = num_ranks * num_max_tokens
     parts = [
         (0, 8 * num_local * num_ranks),
@@ -149,6 +151,7 @@ def test_outputs_do_not_overlap(num_local, num_ranks, num_max_tokens, num_topk):
         (outputs.src_info_at, 4 * num_local * capacity),
         (outputs.source_tokens_at, 4 * num_ranks),
         (outputs.positions_at, 4 * capacity * num_topk),
+        *([(outputs.weights_at, 4 * capacity * num_topk)] if with_weights else []),
         (outputs.small_block_bytes, 0),
     ]
     for (at, size), (following, _) in itertools.pairwise(parts):

@@ -1,5 +1,6 @@
 """Low-latency dispatch and combine against the reference: packing, FP8, weights, hooks, statistics, masks."""
 
+import dataclasses
 import time
 
 import pytest
@@ -28,13 +29,11 @@ def test_formats(num_ranks, fp8):
 
 @pytest.mark.parametrize("finish", ["sync", "async", "hook"])
 @pytest.mark.parametrize("sum_at_home", [False, True])
+@pytest.mark.parametrize("weights_at_dispatch", [False, True])
 @pytest.mark.parametrize(("zero_copy", "out"), [(False, True), (True, False), (True, True)])
-def test_ways_to_call(finish, sum_at_home, zero_copy, out):
-    check_case(
-        LowLatencyCase(
-            4, (8, 0, 3, 1), num_topk=6, finish=finish, sum_at_home=sum_at_home, zero_copy=zero_copy, out=out, repeats=3
-        )
-    )
+def test_ways_to_call(finish, sum_at_home, weights_at_dispatch, zero_copy, out):
+    case = LowLatencyCase(4, (8, 0, 3, 1), num_topk=6, finish=finish, sum_at_home=sum_at_home, out=out, repeats=3)
+    check_case(dataclasses.replace(case, weights_at_dispatch=weights_at_dispatch, zero_copy=zero_copy))
 
 
 @pytest.mark.parametrize("mask", ["none", "some", "rows", "all", "skew"])
@@ -79,6 +78,7 @@ if given is not None:
             idx_dtype=pick((torch.int64, torch.int32)),
             fp8=pick(sorted(FP8_ARGS)),
             finish=finish,
+            weights_at_dispatch=pick((True, False)),
             sum_at_home=pick((True, False)),
             zero_copy=pick((True, False)),
             out=pick((True, False)),
@@ -91,29 +91,36 @@ if given is not None:
         settings(max_examples=12)(given(ll_cases(num_ranks))(check_case))()
 
 
-def run_two_outstanding(ctx: RankContext):
+def run_two_outstanding(ctx: RankContext, weights_at_dispatch: bool):
     """Two hooks open at once (two-batch overlap): each brings its own batch."""
     buffer = ll_buffer(ctx)
-    batches = [make_inputs(LowLatencyCase(seed=s), ctx.rank) for s in (1, 2)]
+    batches = [[t.to(ctx.device) for t in make_inputs(LowLatencyCase(seed=s), ctx.rank)] for s in (1, 2)]
     opened = [
-        buffer.low_latency_dispatch(x.to(ctx.device), idx.to(ctx.device), 8, 8, use_fp8=False, return_recv_hook=True)
-        for x, idx, _ in batches
+        buffer.low_latency_dispatch(
+            x,
+            idx,
+            8,
+            8,
+            use_fp8=False,
+            return_recv_hook=True,
+            topk_weights=weights if weights_at_dispatch else None,
+        )
+        for x, idx, weights in batches
     ]
     for call in opened:
         call[4]()
     results = []
     for (_x, idx, weights), call in zip(batches, opened, strict=True):
-        combined, _, hook = buffer.low_latency_combine(
-            call[0], idx.to(ctx.device), weights.to(ctx.device), call[2], return_recv_hook=True
-        )
+        combined, _, hook = buffer.low_latency_combine(call[0], idx, weights, call[2], return_recv_hook=True)
         results.append((combined, hook))
     for _, hook in results:
         hook()
     return to_cpu([combined for combined, _ in results])
 
 
-def test_two_batches_outstanding():
-    results = run_ranks(2, run_two_outstanding)
+@pytest.mark.parametrize("weights_at_dispatch", [False, True])
+def test_two_batches_outstanding(weights_at_dispatch):
+    results = run_ranks(2, run_two_outstanding, weights_at_dispatch)
     for batch, seed in enumerate((1, 2)):
         case = LowLatencyCase(seed=seed)
         inputs = [make_inputs(case, r) for r in range(2)]

@@ -49,7 +49,10 @@ class Row:
 
 
 class Workload:
-    """The calls of one buffer on one case, in one format; checked once."""
+    """The calls of one buffer on one case, in one format; checked once.
+
+    ``early``: the weights go with the dispatch, and `early_handle` is the handle of such a one.
+    """
 
     def __init__(self, buffer: deep_ep.Buffer, case: Case, use_fp8: bool) -> None:
         self.buffer, self.case, self.use_fp8 = buffer, case, use_fp8
@@ -57,14 +60,25 @@ class Workload:
         case.check_dispatch(result, use_fp8)
         self.handle = result[2]
         case.check_combine(self.combine())
-        self.dispatch_hooked()
+        case.check_dispatch(self.dispatch_hooked(), use_fp8)
+        result = self.dispatch_hooked(early=True)
+        case.check_dispatch(result, use_fp8)
+        self.early_handle = result[2]
         case.check_combine(self.combine_hooked())
+        case.check_combine(self.combine(self.early_handle))
+        case.check_combine(self.combine_hooked(self.early_handle))
         case.world.barrier()
 
-    def dispatch(self, **options: Any) -> Any:
+    def dispatch(self, early: bool = False, **options: Any) -> Any:
         case = self.case
         return self.buffer.low_latency_dispatch(
-            case.x, case.idx, case.max_tokens, case.args.experts, use_fp8=self.use_fp8, **options
+            case.x,
+            case.idx,
+            case.max_tokens,
+            case.args.experts,
+            use_fp8=self.use_fp8,
+            topk_weights=case.weights if early else None,
+            **options,
         )
 
     def combine(self, handle: Any = None, **options: Any) -> Any:
@@ -73,11 +87,11 @@ class Workload:
             case.expert_rows, case.idx, case.weights, handle or self.handle, **options
         )
 
-    def pair(self) -> Any:
-        return self.combine(self.dispatch()[2])
+    def pair(self, early: bool = False) -> Any:
+        return self.combine(self.dispatch(early)[2])
 
-    def dispatch_hooked(self) -> Any:
-        result = self.dispatch(return_recv_hook=True)
+    def dispatch_hooked(self, early: bool = False) -> Any:
+        result = self.dispatch(early, return_recv_hook=True)
         result[4]()
         return result
 
@@ -86,18 +100,18 @@ class Workload:
         result[2]()
         return result
 
-    def pair_hooked(self) -> Any:
-        return self.combine_hooked(self.dispatch_hooked()[2])
+    def pair_hooked(self, early: bool = False) -> Any:
+        return self.combine_hooked(self.dispatch_hooked(early)[2])
 
-    def graph(self) -> Callable[[], None]:
+    def graph(self, early: bool) -> Callable[[], None]:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            self.pair()
+            self.pair(early)
         self.case.world.barrier()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(GRAPH_PAIRS):
-                result = self.pair()
+                result = self.pair(early)
         graph.replay()
         self.case.check_combine(result)
         self.case.world.barrier()
@@ -113,12 +127,36 @@ class Workload:
             Row("pair", "dispatch + combine", self.pair, sent + back, 2),
         ]
         if self.buffer.engine == "cuda":
-            name = "dispatch + combine in a CUDA graph"
-            rows.append(Row("pair_graph", name, self.graph(), sent + back, 2, GRAPH_PAIRS, True))
+            for early, key, name in (
+                (False, "pair_graph", "dispatch + combine in a CUDA graph"),
+                (True, "pair_graph_weights", "dispatch + combine, weights at dispatch, in a CUDA graph"),
+            ):
+                rows.append(Row(key, name, self.graph(early), sent + back, 2, GRAPH_PAIRS, True))
         rows += [
             Row("dispatch_hook", "dispatch, receive hook at once", self.dispatch_hooked, sent, 1),
             Row("combine_hook", "combine, receive hook at once", self.combine_hooked, back, 1),
             Row("pair_hook", "dispatch + combine, receive hooks at once", self.pair_hooked, sent + back, 2),
+            Row(
+                "dispatch_hook_weights",
+                "dispatch with weights, receive hook at once",
+                lambda: self.dispatch_hooked(True),
+                sent,
+                1,
+            ),
+            Row(
+                "combine_hook_weights",
+                "combine, weights at dispatch, receive hook at once",
+                lambda: self.combine_hooked(self.early_handle),
+                back,
+                1,
+            ),
+            Row(
+                "pair_hook_weights",
+                "dispatch + combine, weights at dispatch, receive hooks at once",
+                lambda: self.pair_hooked(True),
+                sent + back,
+                2,
+            ),
         ]
         return rows
 
@@ -189,7 +227,7 @@ def measure(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace) -> l
                 figures.append(figure)
                 if world.rank == 0:
                     print(
-                        f"{tokens:>4} tokens  {form}  {row.name:<42}{figure['median_us']:>9.1f} us  "
+                        f"{tokens:>4} tokens  {form}  {row.name:<62}{figure['median_us']:>9.1f} us  "
                         f"(p50 {figure['p50_us']:.1f}, p99 {figure['p99_us']:.1f}, called {figure['called_us']:.1f})",
                         flush=True,
                     )

@@ -81,7 +81,7 @@ def print_result(result: dict[str, Any]) -> None:
         "p50 us",
         "p99 us",
         "called us",
-        "MB",
+        "KB",
         "floor us",
         "ratio",
     ]

@@ -15,6 +15,7 @@ namespace {
 constexpr int kNumWarps = 16;
 constexpr int kNumThreads = kNumWarps * 32;
 constexpr int kPerVector = 8;
+constexpr int kPiecesWanted = 2048;               // about the warps of a device
 constexpr int kVectors = kStepBytes / (32 * 16);  // of a lane in a step
 constexpr int kRowsAhead = 4;                     // rows of a step that a lane loads before it sums them
 constexpr int kPacketRowsAhead = 2;               // the same in packets
@@ -54,8 +55,10 @@ struct Run {
     int num_local;  // experts
     bool begins, ends;
     bool packets;  // rows come as packets, a step each
-    // Rows leave in the send part, by their positions, before any home was heard. Those for the own tokens leave with them,
-    // since x may change before they are summed.
+    // Weights came with the dispatch.
+    bool knows_weights;
+    // Rows leave by their positions, before any home was heard. In a send part those for the own tokens leave with them, since
+    // x may change before they are summed.
     bool sends_early, own_by_slot;
 };
 
@@ -226,6 +229,7 @@ __device__ void send_selections(const LowLatencyCombineArgs& args, const Combine
                              {signature_tag(args.signature), args.num_tokens,
                               plan.packets ? 0 : plan.cut.count, plan.cut.bytes / kStepBytes});
     }
+    if (op.knows_weights) return;
 #pragma unroll 1
     for (; i < count; i += stride) {
         const int64_t given = next_expert;
@@ -264,8 +268,8 @@ __device__ void meet_peers(const LowLatencyCombineArgs& args, const CombinePlan&
         peers.num_placed[peer] = min(num_placed, args.num_max_tokens);
         peers.num_tokens[peer] = op.sends_early ? peers.num_placed[peer] : 0;
         peers.cut[peer] = plan.cut;
-        peers.packets[peer] = false;
-        if (op.ends && peer != rank && came != sync::Came::kFailed) {
+        peers.packets[peer] = op.sends_early && plan.packets;
+        if (op.ends && !op.sends_early && peer != rank && came != sync::Came::kFailed) {
             LowLatencyHeader header{};
             if (came == sync::Came::kHere) {
                 came = sync::await_header(ll, kKind, peer, op.epoch, args.signature, header,
@@ -294,6 +298,18 @@ __device__ void meet_peers(const LowLatencyCombineArgs& args, const CombinePlan&
     __syncthreads();
 }
 
+// By one warp where rows leave before their homes were heard: hears them all the same, to notice one that is in another
+// operation, or that refused.
+__device__ __forceinline__ void watch_peers(const LowLatencyCombineArgs& args, const Run& op, Peers& peers) {
+    const int peer = static_cast<int>(threadIdx.x % 32);
+    if (peer < args.ll.domain.num_ranks && peer != args.ll.domain.rank &&
+        peers.came[peer] == sync::Came::kHere) {
+        LowLatencyHeader header{};
+        sync::await_header(args.ll, kKind, peer, op.epoch, args.signature, header, &peers.waited_ns[peer]);
+    }
+    __syncwarp();
+}
+
 // The steps of a piece of a row.
 struct Steps {
     int first, end;
@@ -305,9 +321,23 @@ struct Steps {
     }
 };
 
+// A piece that a warp has stored at a home without saying so yet: its fence waits for the link, and meanwhile the rows of the
+// next piece can be loaded and summed.
+struct UnsaidPiece {
+    int home = -1;
+    int64_t flag_at = 0;
+
+    __device__ __forceinline__ void say(const LowLatencyDomain& ll, uint64_t epoch) {
+        if (home < 0) return;
+        const int64_t at = flag_at;
+        sync::publish_piece(ll, 1u << home, epoch, [&](int) { return at; });
+        home = -1;
+    }
+};
+
 // What a home told of a token: the lane's selection, -1 for one of another rank. False if it no longer matters.
 __device__ __forceinline__ bool await_selections(const LowLatencyCombineArgs& args, const Run& op, int home,
-                                                 int token, int& expert, float& weight) {
+                                                 int token, UnsaidPiece& unsaid, int& expert, float& weight) {
     const LowLatencyDomain& ll = args.ll;
     const int k = static_cast<int>(threadIdx.x % 32);
     const uint8_t* at = ll.region[ll.domain.rank] + ll.layout.combine_selections(op.set, home) +
@@ -318,6 +348,8 @@ __device__ __forceinline__ bool await_selections(const LowLatencyCombineArgs& ar
         return sync::is_here(packet, op.epoch);
     };
     const bool is_here = k >= args.num_topk || try_once();
+    // One home must not wait for another.
+    if (!__all_sync(kAllLanes, is_here)) unsaid.say(ll, op.epoch);
     const auto came = sync::wait_by_lanes(ll, kKind, Phase::kPushed, home, op.epoch, is_here, try_once);
     expert = k < args.num_topk ? static_cast<int>(packet.x) : -1;
     if (expert >= op.num_local) expert = -1;  // only after a bug that a test planted
@@ -328,15 +360,19 @@ __device__ __forceinline__ bool await_selections(const LowLatencyCombineArgs& ar
 // Sums what this rank's experts made of a token of `home`, and sends one piece of it there.
 __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, const Run& op,
                                              const RowPieces& cut, bool packets, int home, int num_placed,
-                                             int token, int piece) {
+                                             int token, int piece, UnsaidPiece& unsaid) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
     const int rank = ll.domain.rank, k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
     const int32_t position =
         k < args.num_topk ? position_of(args, home, num_placed, token, k, op.num_local) : -1;
-    int expert;
-    float weight;
-    if (!await_selections(args, op, home, token, expert, weight)) return;
+    int expert = position < 0 ? -1 : position_expert(position);
+    float weight = 0.0f;
+    if (!op.sends_early) {
+        if (!await_selections(args, op, home, token, unsaid, expert, weight)) return;
+    } else if (expert >= 0) {
+        weight = args.weights[(static_cast<int64_t>(home) * args.num_max_tokens + token) * args.num_topk + k];
+    }
     if (__ballot_sync(kAllLanes, expert >= 0) == 0) return;
     const uint8_t* row = expert >= 0 ? locate(args, home, token, expert, position) : nullptr;
     // Without a row there is nothing to add, but the home waits for an answer.
@@ -347,6 +383,7 @@ __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, 
         float sum[kVectors][kPerVector] = {};
         add_weighted(sum, mask, row, weight, step, num_vectors);
         const Rounded partial(sum);
+        unsaid.say(ll, op.epoch);
         if (packets) {
             uint8_t* to = ll.region[home] + layout.combine_packets(op.set, token, rank);
             send_step(partial.step(), to, step, op.epoch, k);
@@ -356,8 +393,8 @@ __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, 
         }
     }
     if (packets) return;
-    sync::publish_piece(ll, 1u << home, op.epoch,
-                        [&](int) { return layout.combine_flag(op.set, token, rank, piece); });
+    unsaid.home = home;
+    unsaid.flag_at = layout.combine_flag(op.set, token, rank, piece);
 }
 
 // Sends one piece of each row that this rank's experts made of a token of `home`, as they are.
@@ -371,7 +408,8 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
         k < args.num_topk ? position_of(args, home, num_placed, token, k, op.num_local) : -1;
     int expert = position < 0 ? -1 : position_expert(position);
     float unused;
-    if (!op.sends_early && !await_selections(args, op, home, token, expert, unused)) return;
+    UnsaidPiece none;
+    if (!op.sends_early && !await_selections(args, op, home, token, none, expert, unused)) return;
     if (expert >= op.num_local) expert = -1;
     const unsigned rows = __ballot_sync(kAllLanes, expert >= 0);
     if (rows == 0) return;
@@ -422,30 +460,37 @@ struct Workers {
     int index, count;
 };
 
-// The jobs of a worker among those of all homes: pieces of tokens. Each rank begins with another home.
+// The jobs of a worker among those of all homes: pieces of tokens. Each rank begins with another home. Returns the worker's
+// first job beyond them.
 template <bool kSummed>
-__device__ void serve_homes(const LowLatencyCombineArgs& args, const Run& op, const Peers& peers,
-                            const Workers& workers) {
+__device__ int serve_homes(const LowLatencyCombineArgs& args, const Run& op, const Peers& peers,
+                           const Workers& workers) {
     int job = workers.index;
+    UnsaidPiece unsaid;
     const int num_ranks = args.ll.domain.num_ranks;
     const int num_homes = op.own_by_slot ? num_ranks : num_ranks - 1;
 #pragma unroll 1
     for (int i = 0; i < num_homes; ++i) {
         const int next = args.ll.domain.rank + 1 + i, home = next < num_ranks ? next : next - num_ranks;
-        if (peers.came[home] != sync::Came::kHere) continue;
+        // Whether or not they are served, all blocks count the same jobs.
+        const bool serves = peers.came[home] == sync::Came::kHere;
         const RowPieces cut = peers.cut[home];
         const int num_jobs = peers.num_tokens[home] * cut.count;
 #pragma unroll 1
         for (; job < num_jobs; job += workers.count) {
+            if (!serves) continue;
             const int token = peers.by_pieces[home].quotient(job), piece = job - token * cut.count;
             if constexpr (kSummed) {
-                send_partial(args, op, cut, peers.packets[home], home, peers.num_placed[home], token, piece);
+                send_partial(args, op, cut, peers.packets[home], home, peers.num_placed[home], token, piece,
+                             unsaid);
             } else {
                 send_unsummed(args, op, cut, home, peers.num_placed[home], token, piece);
             }
         }
         job -= num_jobs;
     }
+    unsaid.say(args.ll, op.epoch);
+    return job;
 }
 
 constexpr unsigned kFailedParts = 0xFFFFFFFFu;
@@ -458,6 +503,7 @@ __device__ __forceinline__ unsigned take_packets(const LowLatencyCombineArgs& ar
                                                  Vec (&parts)[kRowsAhead][kVectors]) {
     const LowLatencyDomain& ll = args.ll;
     const int lane = static_cast<int>(threadIdx.x % 32);
+    const int at_hand = op.own_by_slot ? -1 : ll.domain.rank;
     uint8_t* region = ll.region[ll.domain.rank];
     const auto row_of = [&](int from) { return region + ll.layout.combine_packets(op.set, token, from); };
     PeekedStep peeked[kPacketRowsAhead];
@@ -466,12 +512,12 @@ __device__ __forceinline__ unsigned take_packets(const LowLatencyCombineArgs& ar
     for (int i = 0; i < kPacketRowsAhead; ++i) {
         ranks[i] = __ffs(left) - 1;
         left &= left - 1;
-        if (ranks[i] >= 0 && ranks[i] != ll.domain.rank) peeked[i] = peek_step(row_of(ranks[i]), step, lane);
+        if (ranks[i] >= 0 && ranks[i] != at_hand) peeked[i] = peek_step(row_of(ranks[i]), step, lane);
     }
 #pragma unroll
     for (int i = 0; i < kPacketRowsAhead; ++i) {
         if (ranks[i] < 0) break;
-        if (ranks[i] == ll.domain.rank) {
+        if (ranks[i] == at_hand) {
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) parts[i][v] = own[v];
             continue;
@@ -492,6 +538,7 @@ __device__ __forceinline__ unsigned take_slots(const LowLatencyCombineArgs& args
                                                unsigned left, int token, int step, const Vec (&own)[kVectors],
                                                Vec (&parts)[kRowsAhead][kVectors]) {
     const LowLatencyDomain& ll = args.ll;
+    const int at_hand = op.own_by_slot ? -1 : ll.domain.rank;
     const uint8_t* slots = ll.region[ll.domain.rank] + ll.layout.combine_slot(op.set, token, 0);
 #pragma unroll
     for (int i = 0; i < kRowsAhead; ++i) {
@@ -501,7 +548,7 @@ __device__ __forceinline__ unsigned take_slots(const LowLatencyCombineArgs& args
         const auto* slot = reinterpret_cast<const Vec*>(slots + from * ll.layout.slot_bytes);
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-            if (from == ll.domain.rank) {
+            if (from == at_hand) {
                 parts[i][v] = own[v];
             } else if (vector_of(step, v) < args.hidden / 8) {
                 parts[i][v] = slot[vector_of(step, v)];
@@ -529,7 +576,7 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
         if (expert >= 0) {
             const int owner = plan.experts.owner(expert);
             owner_bit = 1u << owner;
-            if (owner == rank) {
+            if (owner == rank && !op.own_by_slot) {
                 row = locate(args, rank, token, expert - plan.experts.first(rank),
                              position_of(args, rank, num_placed, token, k, op.num_local));
                 weight = args.topk_weights[at];
@@ -552,7 +599,8 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
         }
         if (!op.packets && step == steps.first) {
 #pragma unroll 1
-            for (unsigned left = ranks & ~(1u << rank); left != 0; left &= left - 1) {
+            for (unsigned left = op.own_by_slot ? ranks : ranks & ~(1u << rank); left != 0;
+                 left &= left - 1) {
                 const int from = __ffs(left) - 1;
                 const int64_t flag = layout.combine_flag(op.set, token, from, piece);
                 const sync::Came came = sync::await_piece(ll, kKind, from, flag, op.epoch);
@@ -675,16 +723,19 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     const LowLatencyDomain& ll = args.ll;
     ptx::wait_for_earlier_kernels();
     ptx::launch_dependents();
-    // By another warp than the one that begins.
-    if (is_leader() && threadIdx.x / 32 == kNumWarps - 1) sync::tell_consumed(ll, kKind);
     const bool has_positions = args.positions != nullptr;
     Run op{};
     op.begins = plan.part != LowLatencyPart::kReceive;
     op.ends = plan.part != LowLatencyPart::kSend;
     op.packets = plan.packets;
-    op.sends_early = plan.part == LowLatencyPart::kSend && has_positions;
+    op.knows_weights = kSummed && args.weights != nullptr;
+    op.sends_early = op.knows_weights || (plan.part == LowLatencyPart::kSend && has_positions);
     op.own_by_slot = plan.part != LowLatencyPart::kWhole && has_positions;
     op.num_local = plan.experts.count(ll.domain.rank);
+    const int warp = static_cast<int>(threadIdx.x / 32), num_blocks = static_cast<int>(gridDim.x);
+    // By another warp than the one that begins.
+    const bool watches = is_leader() && warp == kNumWarps - 1;
+    if (watches) sync::tell_consumed(ll, kKind);
     if (op.begins && blockIdx.x == 0) {
         send_selections(args, plan, op, peers);
         if (plan.part == LowLatencyPart::kSend && threadIdx.x == 0) *args.ticket = op.epoch;
@@ -692,20 +743,20 @@ __global__ void __launch_bounds__(kNumThreads, 1)
         begin_block(args, op, peers);
     }
     if (op.ends || op.sends_early) meet_peers(args, plan, op, peers);
+    if (watches && op.ends && op.sends_early) watch_peers(args, op, peers);
     // Without positions only the homes can tell which row is whose k-th, so the rows leave in the receive part.
     const bool sends_here =
         plan.part == LowLatencyPart::kReceive ? !has_positions : op.ends || op.sends_early;
-    // Some warps sum own tokens while the others keep the link busy. Those are done first by all of them where rows are only
-    // sent or only summed.
-    const int num_own_warps = sends_here && op.ends ? own_warps(ll.domain.num_ranks) : 0;
-    const int warp = static_cast<int>(threadIdx.x / 32), num_blocks = static_cast<int>(gridDim.x);
-    const bool is_own = warp < num_own_warps, is_shared = num_own_warps == 0;
-    const int first = is_own ? warp : warp - num_own_warps;
-    const int num_warps = is_own ? num_own_warps : kNumWarps - num_own_warps;
-    const Workers workers{static_cast<int>(blockIdx.x) + first * num_blocks, num_warps * num_blocks};
-    if (sends_here && !is_own) serve_homes<kSummed>(args, op, peers, workers);
+    // Where rows keep the link busy for long, some warps sum own tokens meanwhile. Else all send first, and the jobs of the
+    // sums go to the warps that are free.
+    const int num_own_warps = sends_here && op.ends && !op.packets ? own_warps(ll.domain.num_ranks) : 0;
+    const bool is_own = warp < num_own_warps;
+    Workers workers{};
+    workers.index = static_cast<int>(blockIdx.x) + (is_own ? warp : warp - num_own_warps) * num_blocks;
+    workers.count = (is_own ? num_own_warps : kNumWarps - num_own_warps) * num_blocks;
+    if (sends_here && !is_own) workers.index = serve_homes<kSummed>(args, op, peers, workers);
     if (!op.ends) return;
-    if (is_own || is_shared) serve_own_tokens<kSummed>(args, plan, op, peers, workers);
+    if (is_own || num_own_warps == 0) serve_own_tokens<kSummed>(args, plan, op, peers, workers);
     if (!is_leader()) return;
     __syncthreads();
     if (threadIdx.x == 0) sync::note_received(ll, kKind, op.epoch);
@@ -750,26 +801,31 @@ void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPa
     };
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     const int64_t row_bytes = 2 * static_cast<int64_t>(args.hidden);
-    if (part == LowLatencyPart::kWhole && !args.sum_at_home) {
-        // Each warp of the other ranks gets one piece, if there are enough.
-        const int64_t rows =
-            static_cast<int64_t>(std::max(args.num_tokens, 1)) * std::max(args.ll.domain.num_ranks - 1, 1);
-        // Packets take half as much again on the link, and arrive sooner.
-        const bool packets = args.num_tokens <= args.ll.layout.packet_tokens;
-        const RowPieces cut = packets ? by_steps(args.hidden)
-                                      : cut_row(row_bytes, static_cast<int64_t>(num_sms) * kNumWarps / rows);
+    const int num_peers = std::max(args.ll.domain.num_ranks - 1, 1);
+    const int num_packet_tokens = args.ll.layout.packet_tokens;
+    // Packets take half as much again on the link, and arrive sooner. Pieces are so short that each warp gets one.
+    if (args.weights != nullptr && !args.sum_at_home) {
+        // All ranks cut alike without having heard of each other.
+        const bool packets = args.num_max_tokens <= num_packet_tokens;
+        const auto rows = static_cast<int64_t>(args.num_max_tokens) * num_peers;
+        const RowPieces cut = packets ? by_steps(args.hidden) : cut_row(row_bytes, kPiecesWanted / rows);
+        launch_early(low_latency_combine<true>, num_blocks(args, cut, num_sms), kNumThreads, 0, cuda_stream,
+                     kName, args, plan_of(packets, cut));
+    } else if (part == LowLatencyPart::kWhole && !args.sum_at_home) {
+        args.weights = nullptr;
+        const bool packets = args.num_tokens <= num_packet_tokens;
+        const auto rows = static_cast<int64_t>(std::max(args.num_tokens, 1)) * num_peers;
+        const RowPieces cut = packets ? by_steps(args.hidden) : cut_row(row_bytes, kPiecesWanted / rows);
         launch_early(low_latency_combine<true>, num_blocks(args, cut, num_sms), kNumThreads, 0, cuda_stream,
                      kName, args, plan_of(packets, cut));
     } else {
         // Ranks that sum and ranks that do not would wait for each other's flags.
         constexpr uint64_t kUnsummed = 0x5DEECE66D;
         args.signature ^= kUnsummed;
-        // All ranks cut alike without having heard of each other.
-        constexpr int64_t kPiecesWanted = 2048;
-        constexpr bool packets = false;
+        args.weights = nullptr;
         const RowPieces cut = cut_row(row_bytes, kPiecesWanted / std::max(args.num_max_tokens, 1));
         launch_early(low_latency_combine<false>, num_blocks(args, cut, num_sms), kNumThreads, 0, cuda_stream,
-                     kName, args, plan_of(packets, cut));
+                     kName, args, plan_of(false, cut));
     }
 }
 

@@ -122,7 +122,12 @@ __device__ __forceinline__ void send_entry(const LowLatencyDispatchArgs& args, c
         owner = experts.owner(expert);
         entry = pack_entry(expert - experts.first(owner), static_cast<int>(chunk.ordinal(expert, token)));
     }
-    const int64_t at = ll.layout.dispatch_entries(set_of(block.epoch), ll.domain.rank) + i * 8;
+    const int set = set_of(block.epoch);
+    const int64_t at = ll.layout.dispatch_entries(set, ll.domain.rank) + i * 8;
+    if (args.topk_weights != nullptr && owner >= 0 && (block.room >> owner & 1u) != 0) {
+        sync::send_word(ll.region[owner] + ll.layout.dispatch_weights(set, ll.domain.rank) + i * 8,
+                        block.epoch, __float_as_uint(args.topk_weights[i]));
+    }
 #pragma unroll 1
     for (unsigned left = block.room; left != 0; left &= left - 1) {
         const int peer = __ffs(left) - 1;
@@ -480,6 +485,28 @@ __device__ __forceinline__ bool await_entries(const LowLatencyDispatchArgs& args
     return true;
 }
 
+// Keeps the weights of a token's targets for combine. False after a failure.
+__device__ __forceinline__ bool keep_weights(const LowLatencyDispatchArgs& args, const BlockState& block,
+                                             int source, int token, const Target& target) {
+    const LowLatencyDomain& ll = args.ll;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const uint8_t* at = ll.region[ll.domain.rank] + ll.layout.dispatch_weights(set_of(block.epoch), source) +
+                        (static_cast<int64_t>(token) * args.num_topk + lane) * 8;
+    uint64_t word = 0;
+    const auto try_once = [&] {
+        word = sync::peek_word(at);
+        return sync::is_here(word, block.epoch);
+    };
+    const bool is_here = target.entry < 0 || try_once();
+    const auto came = sync::wait_by_lanes(ll, kKind, Phase::kPushed, source, block.epoch, is_here, try_once);
+    if (came == sync::Came::kFailed) return false;
+    if (target.entry >= 0) {
+        const int64_t row = static_cast<int64_t>(source) * args.num_max_tokens + token;
+        args.weights[row * args.num_topk + lane] = __uint_as_float(static_cast<uint32_t>(word));
+    }
+    return true;
+}
+
 // Writes a step to the rows of all lanes' targets.
 __device__ __forceinline__ void fan_out(const LowLatencyDispatchArgs& args, const RowShape& shape,
                                         const RowStep& what, const Target& target, int step) {
@@ -575,6 +602,7 @@ __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchP
             args.positions[at] =
                 target.entry < 0 ? -1 : pack_position(entry_expert(target.entry), target.in_expert);
         }
+        if (args.weights != nullptr && !keep_weights(args, block, source, token, target)) return;
     }
 }
 

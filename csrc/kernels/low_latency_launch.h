@@ -23,6 +23,7 @@ struct LowLatencyDispatchArgs {
     const uint8_t* x;      // bf16 [num_tokens, hidden]
     const void* topk_idx;  // int32 or int64 [num_tokens, K]
     bool topk_is_int64;
+    const float* topk_weights;  // [num_tokens, K], or null: combine sends them
     int num_tokens;
     int num_topk;
     int num_experts;
@@ -38,6 +39,7 @@ struct LowLatencyDispatchArgs {
     int64_t* layout_range;   // [L, R]: first row << 32 | number
     int32_t* source_tokens;  // [R]: tokens of each source, 0 for one that takes no part
     int32_t* positions;      // [R, M, K], of the tokens that the sources have: see pack_position
+    float* weights;          // [R, M, K] where positions has a row, or null
     int32_t* recv_stats;     // [L] to add recv_count to, or null
     int64_t* wait_stats;     // [R] to add nanoseconds to, or null
     uint64_t* ticket;  // of one operation: its epoch, from the send part to the receive part; null for kWhole
@@ -55,6 +57,9 @@ struct LowLatencyCombineArgs {
     const int32_t* source_tokens;  // [R]; null without positions
     // [R, M, K]; null: rows are looked up in src_info, and leave in the receive part, so x must stay as it is until then.
     const int32_t* positions;
+    // [R, M, K] that came with the dispatch, with positions; else null. With it rows are summed and leave before any home was
+    // heard, so what a home selects must be what it selected in the dispatch.
+    const float* weights;
     // As a home.
     const void* topk_idx;  // [num_tokens, K], -1 to leave a selection out
     bool topk_is_int64;

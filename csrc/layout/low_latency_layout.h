@@ -6,8 +6,8 @@
 // shapes of a call: nothing is ever cleared, and no data can be taken for a flag.
 //
 // A rank's region holds what peers write there:
-//   dispatch, by source rank:  a header, the counts of this rank's experts, an entry for each (token, k), and each token of
-//                              the source: its row, behind it its scales.
+//   dispatch, by source rank:  a header, the counts of this rank's experts, an entry and maybe a weight for each (token, k),
+//                              and each token of the source: its row, behind it its scales.
 //   combine, by home rank:     a header, and a selection for each (token, k), written by the home.
 //   combine, as the home:      rows by (token, j): what rank j made of the token, or, unsummed, what expert k made of it.
 //
@@ -134,7 +134,7 @@ struct LowLatencyLayout {
         layout.packet_row_bytes = (2 * hidden + kStepBytes - 1) / kStepBytes * kPacketStepBytes;
         const int64_t selections = static_cast<int64_t>(num_max_tokens) * num_topk;
         layout.dispatch_metadata_bytes =
-            kAlignment + padded(8 * static_cast<int64_t>(num_max_local_experts)) + padded(8 * selections);
+            kAlignment + padded(8 * static_cast<int64_t>(num_max_local_experts)) + 2 * padded(8 * selections);
         layout.combine_metadata_bytes = kAlignment + padded(kPacketBytes * selections);
         const int64_t dispatch_rows = static_cast<int64_t>(num_ranks) * num_max_tokens;
         const int64_t combine_rows = static_cast<int64_t>(layout.rows_per_token()) * num_max_tokens;
@@ -171,6 +171,10 @@ struct LowLatencyLayout {
     // Tagged words [tokens of the source, K of the call], see pack_entry.
     DEEP_EP_HOST_DEVICE int64_t dispatch_entries(int set, int source) const {
         return dispatch_counts(set, source) + padded(8 * static_cast<int64_t>(num_max_local_experts));
+    }
+    // Tagged words [tokens of the source, K of the call]: weights of the selections that lie with the reader.
+    DEEP_EP_HOST_DEVICE int64_t dispatch_weights(int set, int source) const {
+        return dispatch_entries(set, source) + padded(8 * static_cast<int64_t>(num_max_tokens) * num_topk);
     }
     // Packets [tokens of the home, K of the call]: local expert of the reader, or -1, and the weight.
     DEEP_EP_HOST_DEVICE int64_t combine_selections(int set, int home) const {

@@ -16,10 +16,11 @@ struct LowLatencyOutputs {
     int64_t src_info_at;       // int32 [L, R * M]
     int64_t source_tokens_at;  // int32 [R]
     int64_t positions_at;      // int32 [R, M, K]
+    int64_t weights_at;        // float32 [R, M, K], with weights
     int64_t small_block_bytes;
 
     static LowLatencyOutputs make(int64_t num_local, int64_t num_ranks, int64_t num_max_tokens,
-                                  int64_t num_topk) {
+                                  int64_t num_topk, bool with_weights) {
         constexpr auto kPadded = &LowLatencyLayout::padded;
         const int64_t capacity = num_ranks * num_max_tokens;
         LowLatencyOutputs outputs{};
@@ -28,7 +29,9 @@ struct LowLatencyOutputs {
         outputs.src_info_at = outputs.recv_count_at + kPadded(num_local * 4);
         outputs.source_tokens_at = outputs.src_info_at + kPadded(num_local * capacity * 4);
         outputs.positions_at = outputs.source_tokens_at + kPadded(num_ranks * 4);
-        outputs.small_block_bytes = outputs.positions_at + kPadded(capacity * num_topk * 4);
+        const int64_t table_bytes = kPadded(capacity * num_topk * 4);
+        outputs.weights_at = outputs.positions_at + table_bytes;
+        outputs.small_block_bytes = outputs.weights_at + (with_weights ? table_bytes : 0);
         return outputs;
     }
 };

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from .. import fp8
 from .._native import _C, SCALE_FORMATS
 from ..errors import BufferDestroyed, ConfigError
 from ..traffic import TrafficStats
-from .low_latency_call import ReceiveHook, check_num_outstanding
+from .low_latency_call import Outstanding, ReceiveHook, check_num_outstanding
 from .low_latency_plans import (
     PLACES,
     CombinePlan,
@@ -54,14 +53,6 @@ _empty_like = torch.empty_like
 Received = tuple[Any, torch.Tensor, tuple[torch.Tensor, torch.Tensor, int, int, int]]
 
 
-@dataclass(slots=True)
-class _Outstanding:
-    """Operations of a kind, by their number in the order of the calls."""
-
-    num_calls: int = 0
-    pending: set[int] = field(default_factory=set)
-
-
 class LowLatencyKernels:
     """Launches the low-latency kernels of one buffer. By one thread at a time, under the engine's lock.
 
@@ -92,7 +83,7 @@ class LowLatencyKernels:
         self._current_stream = current_stream_of(self.device)
         self.regions = Regions(kernels, self.masked, self._waits, mask_after_s)
         self._planned: Region | None = None
-        self._outstanding = (_Outstanding(), _Outstanding())
+        self._outstanding = (Outstanding(), Outstanding())
         self.num_pending = 0
         self._is_closed = False
         # By what differs between calls; of the present region only.
@@ -125,6 +116,7 @@ class LowLatencyKernels:
         self,
         x: Any,
         topk_idx: Any,
+        topk_weights: Any,
         num_max_tokens: Any,
         num_experts: Any,
         recv_stats: Any,
@@ -143,7 +135,9 @@ class LowLatencyKernels:
         try:
             num_tokens, hidden = x.shape
             idx_tokens, num_topk = topk_idx.shape
-            plan = self._plans[hidden, num_topk, topk_idx.dtype, num_max_tokens, num_experts, _FORMATS[flags]]
+            with_weights = topk_weights is not None
+            scale_format, idx_dtype = _FORMATS[flags], topk_idx.dtype
+            plan = self._plans[hidden, num_topk, idx_dtype, num_max_tokens, num_experts, scale_format, with_weights]
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
         index = self.index
@@ -156,6 +150,7 @@ class LowLatencyKernels:
             or not x.is_contiguous()
             or not topk_idx.is_contiguous()
             or x.data_ptr() % 16 != 0
+            or (with_weights and not is_plain(topk_weights, _FLOAT32, topk_idx.shape, index))
             or not (recv_stats is None or is_plain(recv_stats, torch.int32, (plan.shape.rows[0],), index))
             or not (wait_stats is None or is_plain(wait_stats, torch.int64, (self.num_ranks,), index))
         ):
@@ -165,7 +160,7 @@ class LowLatencyKernels:
                 return None
             if self.num_pending:
                 self.check_outstanding("low_latency_dispatch")
-            return self._run_dispatch(plan, x, topk_idx, num_tokens, recv_stats, wait_stats, with_hook)
+            return self._run_dispatch(plan, x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats, with_hook)
 
     def dispatch(self, request: LowLatencyDispatch, with_hook: bool) -> tuple[Received, ReceiveHook | None]:
         """Send tokens and receive those of all ranks, on the current stream.
@@ -182,18 +177,27 @@ class LowLatencyKernels:
             ConfigError: the region would have to grow during graph capture.
             PoolExhausted, CommTimeout, PeerError: the region could not be reserved, or an earlier failure.
         """
-        x, topk_idx = request.x, request.topk_idx
+        x = request.x
         if x.data_ptr() % 16 != 0:
             x = x.clone()
         self._kernels.check()
-        plan = self._dispatch_plan(request)
-        return self._run_dispatch(plan, x, topk_idx, x.shape[0], request.recv_stats, request.wait_stats, with_hook)
+        return self._run_dispatch(
+            self._dispatch_plan(request),
+            x,
+            request.topk_idx,
+            request.topk_weights,
+            x.shape[0],
+            request.recv_stats,
+            request.wait_stats,
+            with_hook,
+        )
 
     def _run_dispatch(
         self,
         plan: DispatchPlan,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None,
         num_tokens: int,
         recv_stats: torch.Tensor | None,
         wait_stats: torch.Tensor | None,
@@ -210,6 +214,7 @@ class LowLatencyKernels:
         arguments = (
             x.data_ptr(),
             topk_idx.data_ptr(),
+            0 if topk_weights is None else topk_weights.data_ptr(),
             num_tokens,
             rows.data_ptr(),
             0 if scales is None else scales.data_ptr(),
@@ -230,30 +235,34 @@ class LowLatencyKernels:
         x, topk_idx, scale_format = request.x, request.topk_idx, request.scale_format
         num_max, num_experts = request.num_max_tokens, request.num_experts
         hidden, num_topk, idx_dtype = x.shape[1], topk_idx.shape[1], topk_idx.dtype
-        key = (hidden, num_topk, idx_dtype, num_max, num_experts, scale_format)
+        with_weights = request.topk_weights is not None
+        key = (hidden, num_topk, idx_dtype, num_max, num_experts, scale_format, with_weights)
         plan = self._plans.get(key)
         if plan is None:
             region = self._region_for(RegionShape(num_max, num_topk, num_experts, hidden))
-            # The dtype of the indices is each rank's own affair.
-            signature = _signature("low_latency_dispatch", hidden, num_topk, num_max, num_experts, scale_format)
+            # All but the dtype of the indices, which is each rank's own affair.
+            agreed = (hidden, num_topk, num_max, num_experts, scale_format, with_weights)
             native = _C.LowLatencyDispatchPlan(
                 region.peers,
                 self._queue,
-                signature,
+                _signature("low_latency_dispatch", *agreed),
                 num_topk,
                 idx_dtype == torch.int64,
                 num_experts,
                 num_max,
                 hidden,
                 -1 if scale_format is None else SCALE_FORMATS[scale_format],
+                with_weights,
             )
-            shape = self._handle_shape(num_topk, num_max, hidden, num_experts)
+            shape = self._handle_shape(num_topk, num_max, hidden, num_experts, with_weights)
             plan = dispatch_plan(region, native, shape, self.num_ranks, scale_format, self.device)
             self._plans[key] = plan
         return plan
 
-    def _handle_shape(self, num_topk: int, num_max: int, hidden: int, num_experts: int) -> HandleShape:
-        key = (num_topk, num_max, hidden, num_experts)
+    def _handle_shape(
+        self, num_topk: int, num_max: int, hidden: int, num_experts: int, with_weights: bool
+    ) -> HandleShape:
+        key = (num_topk, num_max, hidden, num_experts, with_weights)
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shapes[key] = HandleShape.of(*key, self.num_ranks, self.rank)
@@ -321,6 +330,7 @@ class LowLatencyKernels:
                 ranges,
                 block + shape.source_tokens_at,
                 block + shape.positions_at,
+                block + shape.weights_at if plan.uses_weights else 0,
                 topk_idx,
                 topk_weights,
                 num_tokens,
@@ -350,23 +360,27 @@ class LowLatencyKernels:
         x, topk_idx, out, src_info = request.x, request.topk_idx, request.out, request.src_info
         places: tuple[Any, int] = getattr(src_info, PLACES, (None, 0))
         shape, block = places
-        source_tokens = positions = 0
         # A copy of src_info has the attribute, but no tables.
         is_original = shape is not None and src_info.data_ptr() == block + shape.src_info_at
-        if is_original and shape.num_topk == topk_idx.shape[1]:
-            source_tokens, positions = block + shape.source_tokens_at, block + shape.positions_at
+        has_tables = is_original and shape.num_topk == topk_idx.shape[1]
         # Without the tables rows leave in the receive part only, and the caller may write them before.
-        if x.data_ptr() % 16 != 0 or (with_hook and positions == 0):
+        if x.data_ptr() % 16 != 0 or (with_hook and not has_tables):
             x = x.clone()
         target = out if out.data_ptr() % 16 == 0 else torch.empty_like(out)
         self._kernels.check()
+        plan = self._combine_plan(request, has_tables and shape.with_weights)
+        source_tokens = positions = weights = 0
+        if has_tables:
+            source_tokens, positions = block + shape.source_tokens_at, block + shape.positions_at
+            weights = block + shape.weights_at if plan.uses_weights else 0
         hook = self._run_combine(
-            self._combine_plan(request),
+            plan,
             x,
             src_info,
             request.layout_range,
             source_tokens,
             positions,
+            weights,
             topk_idx,
             request.topk_weights,
             topk_idx.shape[0],
@@ -395,6 +409,7 @@ class LowLatencyKernels:
         ranges: torch.Tensor,
         source_tokens: int,
         positions: int,
+        weights: int,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
         num_tokens: int,
@@ -413,6 +428,7 @@ class LowLatencyKernels:
             ranges.data_ptr(),
             source_tokens,
             positions,
+            weights,
             topk_idx.data_ptr(),
             topk_weights.data_ptr(),
             num_tokens,
@@ -428,18 +444,21 @@ class LowLatencyKernels:
         kept = (x, src_info, ranges, topk_idx, topk_weights, out, wait_stats, ticket)
         return self._hook(plan, _COMBINE, arguments, stream, kept)
 
-    def _combine_plan(self, request: LowLatencyCombine) -> CombinePlan:
+    def _combine_plan(self, request: LowLatencyCombine, with_weights: bool) -> CombinePlan:
+        """``with_weights``: the handle has those that came with the dispatch."""
         hidden, num_topk, idx_dtype = request.x.shape[2], request.topk_idx.shape[1], request.topk_idx.dtype
         num_max, num_experts = request.num_max_tokens, request.num_experts
-        key = (self._handle_shape(num_topk, num_max, hidden, num_experts), idx_dtype, request.sum_at_home)
+        shape = self._handle_shape(num_topk, num_max, hidden, num_experts, with_weights)
+        key = (shape, idx_dtype, request.sum_at_home)
         plan = self._combine_plans.get(key)
         if plan is None:
             region = self._region_for(RegionShape(num_max, num_topk, num_experts, hidden))
-            signature = _signature("low_latency_combine", hidden, num_topk, num_max, num_experts)
+            # A rank that has weights sums before it has heard of the homes: one that asks for rows must be told apart.
+            uses_weights = with_weights and not request.sum_at_home
             native = _C.LowLatencyCombinePlan(
                 region.peers,
                 self._queue,
-                signature,
+                _signature("low_latency_combine", hidden, num_topk, num_max, num_experts, uses_weights),
                 num_topk,
                 idx_dtype == torch.int64,
                 num_experts,
@@ -448,7 +467,7 @@ class LowLatencyKernels:
                 request.sum_at_home,
                 False,
             )
-            plan = self._combine_plans[key] = CombinePlan(region, native.launch, 2 * hidden)
+            plan = self._combine_plans[key] = CombinePlan(region, native.launch, 2 * hidden, uses_weights)
         return plan
 
     # Launches.
@@ -582,7 +601,7 @@ class LowLatencyKernels:
         """Forget all operations. The ranks are idle, and meet again before the next one."""
         for each in self._outstanding:
             each.pending.clear()  # their hooks do nothing any more
-        self._outstanding, self.num_pending = (_Outstanding(), _Outstanding()), 0
+        self._outstanding, self.num_pending = (Outstanding(), Outstanding()), 0
         self.regions.clear()
 
     def close(self) -> None:

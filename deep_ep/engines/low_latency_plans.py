@@ -19,7 +19,8 @@ from .low_latency_regions import Region
 
 #: What dispatch leaves on src_info: `HandleShape`, and the address of the block that src_info was cut from. (A copy of
 #: the tensor has the attribute too, and lies elsewhere.) The block holds two tables by which combine finds each
-#: (source, token, k) without a search; they are in the storage of src_info, so they live as long.
+#: (source, token, k) without a search, and a third one of their weights if these came along; they are in the storage of
+#: src_info, so they live as long.
 PLACES = "_deep_ep_places"
 #: recv_count, src_info, layout_range, and the address of their block.
 Handle = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
@@ -36,30 +37,42 @@ class HandleShape:
     Attributes:
         rows: [L, R * M, H].
         numbers: M, H and E, as a handle carries them.
-        src_info_at, source_tokens_at, positions_at: where src_info and the two tables start in a block, in bytes;
-            layout_range is at 0.
+        with_weights: dispatch brings the weights of the tokens as well.
+        src_info_at, source_tokens_at, positions_at, weights_at: where src_info and the tables start in a block, in
+            bytes; layout_range is at 0. Without weights there is no room for theirs.
     """
 
     rows: torch.Size
     num_topk: int
     numbers: tuple[int, int, int]
+    with_weights: bool
     src_info_at: int
     source_tokens_at: int
     positions_at: int
+    weights_at: int
 
     @classmethod
     def of(
-        cls, num_topk: int, num_max_tokens: int, hidden: int, num_experts: int, num_ranks: int, rank: int
+        cls,
+        num_topk: int,
+        num_max_tokens: int,
+        hidden: int,
+        num_experts: int,
+        with_weights: bool,
+        num_ranks: int,
+        rank: int,
     ) -> HandleShape:
         num_local = num_local_experts(num_experts, num_ranks, rank)
-        outputs = _C.LowLatencyOutputs(num_local, num_ranks, num_max_tokens, num_topk)
+        outputs = _C.LowLatencyOutputs(num_local, num_ranks, num_max_tokens, num_topk, with_weights)
         return cls(
             torch.Size((num_local, num_ranks * num_max_tokens, hidden)),
             num_topk,
             (num_max_tokens, hidden, num_experts),
+            with_weights,
             outputs.src_info_at,
             outputs.source_tokens_at,
             outputs.positions_at,
+            outputs.weights_at,
         )
 
 
@@ -85,11 +98,17 @@ class DispatchPlan:
 
 @dataclass(slots=True, eq=False)
 class CombinePlan:
-    """Combines of one shape. ``launch``: of `_C.LowLatencyCombinePlan`."""
+    """Combines of one shape.
+
+    Attributes:
+        launch: of `_C.LowLatencyCombinePlan`.
+        uses_weights: rows are summed with the weights that came with the dispatch.
+    """
 
     region: Region
     launch: Callable[..., None]
     row_bytes: int
+    uses_weights: bool
 
 
 def dispatch_plan(
@@ -187,7 +206,7 @@ class HandleTensors:
 
 
 def is_plain(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], index: int) -> bool:
-    """Whether kernels can write to a tensor of the caller as it is."""
+    """Whether kernels can take an optional tensor of the caller as it is."""
     return (
         isinstance(tensor, torch.Tensor)
         and tensor.shape == shape

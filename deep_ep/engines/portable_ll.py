@@ -25,10 +25,16 @@ _MARK_DTYPE = torch.int32
 
 @dataclass(slots=True, eq=False)
 class LowLatencyDispatch:
-    """Checked arguments of one low-latency dispatch. ``scale_format``: None for bf16 rows, else as in `deep_ep.fp8`."""
+    """Checked arguments of one low-latency dispatch.
+
+    Attributes:
+        topk_weights: None where they come with the combine only. Sums at home, as here, need them no earlier.
+        scale_format: None for bf16 rows, else as in `deep_ep.fp8`.
+    """
 
     x: torch.Tensor
     topk_idx: torch.Tensor
+    topk_weights: torch.Tensor | None
     num_max_tokens: int
     num_experts: int
     scale_format: fp8.ScaleFormat | None
@@ -93,6 +99,7 @@ def dispatch(
         "row_bytes": table.shape[1],
         "scales_dtype": dtype_code(None if scales is None else scales.dtype),
         "num_topk": topk_idx.shape[1],
+        "with_topk_weights": int(request.topk_weights is not None),
         "num_experts": num_experts,
         "num_max_dispatch_tokens_per_rank": request.num_max_tokens,
     }
