@@ -224,7 +224,7 @@ def low_latency_section(result: dict[str, Any], file_name: str) -> str:
     remarks = [f"Host time of a call, FP8, us: {'; '.join(hosts)}."] if hosts else []
     used = result["memory"].get("low_latency_bytes")
     if used:
-        remarks.append(f"Symmetric memory of the largest case: {used / 1e6:.0f} MB a rank.")
+        remarks.append(f"Symmetric memory of all these cases together: {used / 1e6:.0f} MB a rank.")
     flags = result["floors"]["flags"].get("0")
     if flags:
         remarks.append(f"A flag to the peer: {flags['median_us']:.2f} us.")
