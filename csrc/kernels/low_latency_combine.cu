@@ -38,6 +38,7 @@ struct Peers {
 // How the host cut the work.
 struct CombinePlan {
     LowLatencyPart part;
+    bool overlaps;  // see may_overlap
     bool packets;   // rows to this rank travel as packets, a step each
     RowPieces cut;  // rows to this rank
     ExpertMap experts;
@@ -722,7 +723,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     __shared__ Peers peers;
     const LowLatencyDomain& ll = args.ll;
     ptx::wait_for_earlier_kernels();
-    ptx::launch_dependents();
+    if (plan.overlaps) ptx::launch_dependents();
     const bool has_positions = args.positions != nullptr;
     Run op{};
     op.begins = plan.part != LowLatencyPart::kReceive;
@@ -793,6 +794,7 @@ void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPa
         throw std::invalid_argument("deep_ep: low_latency_combine: rows travel as bf16 only");
     const auto plan_of = [&](bool packets, const RowPieces& cut) {
         return CombinePlan{part,
+                           may_overlap(args.ll.domain, num_sms),
                            packets,
                            cut,
                            ExpertMap::of(args.num_experts, args.ll.domain.num_ranks),

@@ -22,6 +22,7 @@ constexpr auto kKind = LowLatencyKind::kDispatch;
 // How the host cut the work.
 struct DispatchPlan {
     LowLatencyPart part;
+    bool overlaps;     // see may_overlap
     bool packets;      // rows travel as packets, a step each
     RowPieces pieces;  // else so
     int num_senders;   // blocks after the announcing one; the others begin with the own rows
@@ -616,7 +617,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     const LowLatencyDomain& ll = args.ll;
     if (threadIdx.x == 0) block.absent = block.packets = 0;
     ptx::wait_for_earlier_kernels();
-    ptx::launch_dependents();
+    if (plan.overlaps) ptx::launch_dependents();
     // By another warp than the one that begins.
     if (is_leader() && threadIdx.x / 32 == kNumWarps - 1) sync::tell_consumed(ll, kKind);
     if (plan.part == LowLatencyPart::kReceive) {
@@ -722,8 +723,8 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
         std::max<int64_t>(static_cast<int64_t>(args.num_experts) * (1 + chunk_words), num_ranks * num_local);
     launch_early(kernel_of(args.use_fp8, args.topk_is_int64), static_cast<unsigned>(num_blocks), kNumThreads,
                  shared_bytes, static_cast<cudaStream_t>(stream), name, args,
-                 DispatchPlan{part, packets, pieces, num_senders, chunk_words, experts,
-                              SmallDivider::of(args.num_topk),
+                 DispatchPlan{part, may_overlap(args.ll.domain, num_sms), packets, pieces, num_senders,
+                              chunk_words, experts, SmallDivider::of(args.num_topk),
                               SmallDivider::of(packets ? shape.num_steps : pieces.count),
                               SmallDivider::of(std::max(num_local, 1))});
 }

@@ -78,6 +78,12 @@ struct LowLatencyCombineArgs {
 void launch_low_latency_combine(const LowLatencyCombineArgs& args, LowLatencyPart part, int num_sms,
                                 Stream stream);
 
+// Whether the next low-latency kernel may take SMs while this one runs: where other buffers or ranks use the GPU too, those
+// SMs are for kernels that this one may be waiting for. num_sms: this rank's share.
+inline bool may_overlap(const Domain& domain, int num_sms) {
+    return num_sms >= domain.num_sms;
+}
+
 // This rank takes part in an operation without tokens: the others are told that it refused.
 void launch_low_latency_refuse(const LowLatencyDomain& ll, LowLatencyKind kind, Stream stream);
 

@@ -90,6 +90,7 @@ struct Domain {
     int num_ranks;
     int rank;
     HostRecord* host;  // as the device addresses it
+    int num_sms;       // of this rank's GPU
     int fills_link;    // blocks of bulk copies that fill the GPU's links
     uint64_t timeout_ns;
     uint64_t warn_ns;     // a wait that lasts longer is told to the host, once

@@ -18,13 +18,17 @@ constexpr double kWarnAfterSeconds = 10.0;
 
 namespace {
 
-// Of the current device: measured on Hopper (csrc/README.md). Other GPUs are given all blocks that the budget allows.
-int blocks_that_fill_the_links() {
-    int device = 0, major = 0, num_sms = 0;
+// Of the current device.
+int attribute(cudaDeviceAttr which, const char* what) {
+    int device = 0, value = 0;
     check_cuda(cudaGetDevice(&device), "the current device");
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "its capability");
-    check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "its SMs");
-    return major == 9 ? 14 : num_sms;
+    check_cuda(cudaDeviceGetAttribute(&value, which, device), what);
+    return value;
+}
+
+// Measured on Hopper (csrc/README.md). Other GPUs are given all blocks that the budget allows.
+int blocks_that_fill_the_links(int num_sms) {
+    return attribute(cudaDevAttrComputeCapabilityMajor, "its capability") == 9 ? 14 : num_sms;
 }
 
 }  // namespace
@@ -41,7 +45,8 @@ PeerDomain::PeerDomain(const std::vector<uintptr_t>& bases, int rank, double tim
     domain_.num_ranks = static_cast<int>(bases.size());
     domain_.rank = rank;
     domain_.host = static_cast<HostRecord*>(device);
-    domain_.fills_link = blocks_that_fill_the_links();
+    domain_.num_sms = attribute(cudaDevAttrMultiProcessorCount, "its SMs");
+    domain_.fills_link = blocks_that_fill_the_links(domain_.num_sms);
     domain_.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
     set_warn_after(kWarnAfterSeconds);
 }
