@@ -694,8 +694,7 @@ __device__ void serve_own_tokens(const LowLatencyCombineArgs& args, const Combin
     const bool is_here = lane < args.ll.domain.num_ranks &&
                          (lane == args.ll.domain.rank || peers.came[lane] == sync::Came::kHere);
     const unsigned here = __ballot_sync(kAllLanes, is_here);
-    const int num_warps = static_cast<int>(gridDim.x) * kNumWarps,
-              num_jobs = args.num_tokens * plan.cut.count;
+    const int num_jobs = args.num_tokens * plan.cut.count;
     bool goes_on = true;
 #pragma unroll 1
     for (int job = workers.index; goes_on && job < num_jobs; job += workers.count) {
