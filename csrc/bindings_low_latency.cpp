@@ -265,6 +265,12 @@ void bind_low_latency(py::module_& m) {
     m.def("low_latency_layout", &layout_bytes);
     m.def("low_latency_offsets", &layout_offsets);
     m.def("low_latency_cut_row", &cut);
+    m.def("small_quotient", [](int n, int divisor) { return SmallDivider::of(divisor).quotient(n); });
+    m.def("expert_owner", [](int expert, int num_experts, int num_ranks) {
+        const ExpertMap map = ExpertMap::of(num_experts, num_ranks);
+        const int owner = map.owner(expert);
+        return py::make_tuple(owner, map.first(owner), map.count(owner));
+    });
     bind_outputs(m);
 #ifdef DEEP_EP_WITH_CUDA
     bind_kernels(m);

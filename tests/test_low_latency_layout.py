@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from deep_ep._native import _C
 from deep_ep.config import low_latency_size_hint
 from deep_ep.engines.cuda_ll import RegionShape
+from deep_ep.layout import first_local_expert, num_local_experts
 
 HEADER_BYTES, FLAG_BYTES, MAX_PIECES, STEP_BYTES, NUM_SETS = 128, 8, 8, 1024, 2
 PACKET_BYTES, PACKET_TOKENS = 16, 128
@@ -122,6 +123,27 @@ def test_sizes_of_a_common_shape():
     assert sizes["packet_row"] == 14 * 1536
     assert sizes["total"] - sizes["state"] == sizes["dispatch_slots"] + sizes["combine_slots"]
     assert sizes["state"] - packets < 1 << 20
+
+
+@settings(deadline=None)
+@given(divisor=st.integers(1, 1 << 16), data=st.data())
+def test_division_by_multiplication_is_exact(divisor, data):
+    """For n * divisor < 2^32, its bounds and the neighbours of multiples included."""
+    most = min(((1 << 32) - 1) // divisor, (1 << 31) - 1)
+    near = divisor * data.draw(st.integers(0, most // divisor))
+    for n in (data.draw(st.integers(0, most)), near, max(near - 1, 0), most):
+        assert _C.small_quotient(n, divisor) == n // divisor, n
+
+
+@settings(deadline=None)
+@given(num_experts=st.integers(1, 300), num_ranks=st.integers(1, 32), data=st.data())
+def test_owners_of_experts(num_experts, num_ranks, data):
+    """The rule of `deep_ep.layout`, as the kernels compute it."""
+    expert = data.draw(st.integers(0, num_experts - 1))
+    owner, first, count = _C.expert_owner(expert, num_experts, num_ranks)
+    assert first <= expert < first + count
+    assert first == first_local_expert(num_experts, num_ranks, owner)
+    assert count == num_local_experts(num_experts, num_ranks, owner)
 
 
 @settings(deadline=None)

@@ -141,10 +141,14 @@ void launch_dispatch_layout(const DispatchLayoutArgs& args, Stream stream) {
     check_limit(args.num_experts, kMaxLayoutExperts, "dispatch_layout", "the number of experts");
     const int num_ranks = args.domain.num_ranks, num_counts = num_ranks + args.num_experts;
     const int share = (num_counts + kBlocks - 1) / kBlocks;
-    const LayoutPlan plan{std::clamp((args.num_tokens + kBlocks - 1) / kBlocks, 1, kMaxTokens),
+    // So few that the divider stays exact.
+    const int64_t num_topk = std::max(args.num_topk, 1),
+                  exact = (int64_t{1} << 32) / (num_topk * num_topk + 1);
+    const auto most_tokens = static_cast<int>(std::clamp<int64_t>(exact, 1, kMaxTokens));
+    const LayoutPlan plan{std::clamp((args.num_tokens + kBlocks - 1) / kBlocks, 1, most_tokens),
                           share,
                           ExpertMap::of(args.num_experts, num_ranks),
-                          SmallDivider::of(std::max(args.num_topk, 1)),
+                          SmallDivider::of(static_cast<int>(num_topk)),
                           SmallDivider::of(num_ranks),
                           SmallDivider::of(share)};
     const size_t shared = sizeof(uint32_t) * (num_counts + (num_counts + kBlocks - 1) / kBlocks);

@@ -804,6 +804,9 @@ void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPa
     const int64_t row_bytes = 2 * static_cast<int64_t>(args.hidden);
     const int num_peers = std::max(args.ll.domain.num_ranks - 1, 1);
     const int num_packet_tokens = args.ll.layout.packet_tokens;
+    if (num_packet_tokens > 0)
+        check_limit(by_steps(args.hidden).count * kPacketStepBytes, args.ll.layout.packet_row_bytes, kName,
+                    "a row in packets");
     // Packets take half as much again on the link, and arrive sooner. Pieces are so short that each warp gets one.
     if (args.weights != nullptr && !args.sum_at_home) {
         // All ranks cut alike without having heard of each other.

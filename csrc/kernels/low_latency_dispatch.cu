@@ -700,6 +700,9 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
 
     // Packets take half as much again on the link, and arrive sooner.
     const bool packets = num_tokens <= args.ll.layout.packet_tokens;
+    if (packets)
+        check_limit(shape.num_steps * kPacketStepBytes, args.ll.layout.packet_row_bytes, name,
+                    "a row in packets");
     // A piece is as short as leaves one for each warp, on the way out and on the way in.
     const int64_t num_warps = static_cast<int64_t>(num_sms) * kNumWarps;
     const RowPieces pieces =

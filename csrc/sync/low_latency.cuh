@@ -279,9 +279,16 @@ __device__ __forceinline__ LowLatencyHeader unpack_header(const uint4& packet) {
 // The header of a rank that takes part, as another block has seen.
 __device__ __forceinline__ LowLatencyHeader read_header(const LowLatencyDomain& ll, LowLatencyKind kind,
                                                         int from, uint64_t epoch) {
+    const uint64_t start = ptx::globaltimer_ns();
     uint4 packet = peek_packet(own_header(ll, kind, from, epoch));
-    while (!is_here(packet, epoch) && !has_failed(ll.domain))
+    while (!is_here(packet, epoch) && !has_failed(ll.domain)) {
         packet = peek_packet(own_header(ll, kind, from, epoch));
+        // Cannot be, as it was seen; but no wait is without an end.
+        if (ptx::globaltimer_ns() - start > ll.domain.timeout_ns) {
+            report_apart(ll.domain, DeviceError::kTimeout, operation_of(kind), Phase::kAnnouncement, from,
+                         epoch, packet.w);
+        }
+    }
     return unpack_header(packet);
 }
 
