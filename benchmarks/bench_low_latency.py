@@ -9,7 +9,8 @@ between any two. "called" is a median from Python with nothing enqueued ahead. T
 flag for each time that something must cross the link, plus the bytes at the rate of the link, both measured in the run.
 
 In rows "weights at dispatch" the weights of the tokens travel with the dispatch (`topk_weights=`), so that combine need
-not wait for them; four bytes a selection, which the floors leave out.
+not wait for them; four bytes a selection, which the floors leave out. In rows "by source" (`expert_major=False`) they
+travel too, a token comes once instead of once for each expert, and combine takes sums, whose time is not in the figure.
 
 With more ranks than GPUs the ranks share them, under a CUDA MPS daemon where there is one: a check that everything
 works, not a measurement.

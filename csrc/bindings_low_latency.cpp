@@ -114,13 +114,14 @@ class LowLatencyDispatchPlan {
     // format: a ScaleFormat, -1 for bf16 rows.
     LowLatencyDispatchPlan(const LowLatencyPeers& peers, const LowLatencyQueue& queue, uint64_t signature,
                            int num_topk, bool topk_is_int64, int num_experts, int num_max_tokens, int hidden,
-                           int format, bool with_weights)
+                           int format, bool with_weights, bool expert_major)
         : peers_(peers), queue_(queue), with_weights_(with_weights) {
         const Domain domain = peers.domain().domain;
         const bool use_fp8 = format >= 0;
         const auto scale_format = static_cast<ScaleFormat>(use_fp8 ? format : 0);
-        outputs_ = LowLatencyOutputs::make(expert_range(num_experts, domain.num_ranks, domain.rank).count,
-                                           domain.num_ranks, num_max_tokens, num_topk, with_weights);
+        outputs_ =
+            LowLatencyOutputs::make(expert_range(num_experts, domain.num_ranks, domain.rank).count,
+                                    domain.num_ranks, num_max_tokens, num_topk, with_weights, expert_major);
         args_.signature = signature;
         args_.topk_is_int64 = topk_is_int64;
         args_.num_topk = num_topk;
@@ -129,6 +130,7 @@ class LowLatencyDispatchPlan {
         args_.hidden = hidden;
         args_.use_fp8 = use_fp8;
         args_.format = scale_format;
+        args_.expert_major = expert_major;
     }
 
     const LowLatencyOutputs& outputs() const { return outputs_; }
@@ -172,7 +174,7 @@ class LowLatencyCombinePlan {
   public:
     LowLatencyCombinePlan(const LowLatencyPeers& peers, const LowLatencyQueue& queue, uint64_t signature,
                           int num_topk, bool topk_is_int64, int num_experts, int num_max_tokens, int hidden,
-                          bool sum_at_home, bool use_logfmt)
+                          bool sum_at_home, bool use_logfmt, bool expert_major)
         : peers_(peers), queue_(queue) {
         args_.signature = signature;
         args_.num_topk = num_topk;
@@ -182,9 +184,10 @@ class LowLatencyCombinePlan {
         args_.hidden = hidden;
         args_.sum_at_home = sum_at_home;
         args_.use_logfmt = use_logfmt;
+        args_.expert_major = expert_major;
     }
 
-    // source_tokens, positions, weights, wait_stats, ticket: 0 for none.
+    // source_tokens, positions, weights, wait_stats, ticket: 0 for none. By source also src_info, layout_range, topk_weights.
     void launch(Address x, Address src_info, Address layout_range, Address source_tokens, Address positions,
                 Address weights, Address topk_idx, Address topk_weights, int num_tokens, Address out,
                 Address wait_stats, Address ticket, int part, int num_sms, Address stream,
@@ -242,13 +245,13 @@ void bind_kernels(py::module_& m) {
         .def("end", &LowLatencyQueue::end);
     py::class_<LowLatencyDispatchPlan>(m, "LowLatencyDispatchPlan")
         .def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int, int,
-                      bool>(),
+                      bool, bool>(),
              py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def_property_readonly("outputs", &LowLatencyDispatchPlan::outputs)
         .def("launch", &LowLatencyDispatchPlan::launch);
     py::class_<LowLatencyCombinePlan>(m, "LowLatencyCombinePlan")
         .def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int,
-                      bool, bool>(),
+                      bool, bool, bool>(),
              py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def("launch", &LowLatencyCombinePlan::launch);
 }

@@ -351,7 +351,13 @@ def load_low_latency_kernels() -> None: ...
 
 class LowLatencyOutputs:
     def __init__(
-        self, num_local: int, num_ranks: int, num_max_tokens: int, num_topk: int, with_weights: bool
+        self,
+        num_local: int,
+        num_ranks: int,
+        num_max_tokens: int,
+        num_topk: int,
+        with_weights: bool,
+        expert_major: bool,
     ) -> None: ...
     @property
     def ticket_at(self) -> int: ...
@@ -402,6 +408,7 @@ class LowLatencyDispatchPlan:
         hidden: int,
         format: int,
         with_weights: bool,
+        expert_major: bool,
     ) -> None: ...
     @property
     def outputs(self) -> LowLatencyOutputs: ...
@@ -435,6 +442,7 @@ class LowLatencyCombinePlan:
         hidden: int,
         sum_at_home: bool,
         use_logfmt: bool,
+        expert_major: bool,
     ) -> None: ...
     def launch(
         self,

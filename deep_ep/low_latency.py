@@ -21,6 +21,8 @@ from .event import EventOverlap
 from .layout import check_topk_range, num_local_experts
 from .requests import scale_format_of
 
+#: (src_info, layout_range, M, H, E), or, where rows lie by source, (recv_topk_idx, recv_topk_weights, M, H, E). The
+#: first tensor's number of dimensions, two or three, tells which.
 LowLatencyHandle = tuple[torch.Tensor, torch.Tensor, int, int, int]
 
 
@@ -76,6 +78,7 @@ class LowLatencyMixin:
         return_recv_hook: bool = False,
         *,
         topk_weights: torch.Tensor | None = None,
+        expert_major: bool = True,
     ) -> tuple[
         torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         torch.Tensor,
@@ -83,14 +86,14 @@ class LowLatencyMixin:
         EventOverlap,
         Callable[[], None] | None,
     ]:
-        """Send tokens to their experts, packed for grouped GEMMs with masked rows.
+        """Send tokens to their experts, packed for grouped GEMMs with masked rows, or once each beside an index.
 
         Args:
             x: bf16 [T, H], T at most M; H a multiple of 128 for FP8.
             topk_idx: int32 or int64 [T, K], -1 for no selection.
             num_max_dispatch_tokens_per_rank: M, equal on all ranks.
             num_experts: E.
-            cumulative_local_expert_recv_stats: int32 [L]; the received counts are added.
+            cumulative_local_expert_recv_stats: int32 [L]; the number of tokens that came for each expert is added.
             dispatch_wait_recv_cost_stats: int64 [R]; nanoseconds waited for each rank are added.
             use_fp8: send FP8 (E4M3, 1x128 tiles); ``round_scale``: power-of-two scales; ``use_ue8m0`` (with
                 ``round_scale``): scales as exponents packed four to an int32.
@@ -101,6 +104,8 @@ class LowLatencyMixin:
                 in combine the ranks of the experts sum their rows at once, also in a call with a hook. In return
                 topk_idx and topk_weights of that combine must be those of this call: an entry set to -1 in between
                 would still be summed where its expert is. Results have the same bits.
+            expert_major: False, on all ranks: a token that any local expert wants comes once, and is not copied to a
+                row of each expert. The caller's grouped GEMMs read rows by an index, and the caller sums.
 
         Returns:
             recv_x: bf16 [L, R * M, H], or (E4M3 [L, R * M, H], scales [L, R * M, H / 128] float32 or [..., H / 512]
@@ -109,6 +114,17 @@ class LowLatencyMixin:
             handle: (src_info int32 [L, R * M], layout_range int64 [L, R] = begin << 32 | count, M, H, E). Weights that
                 came stay with these very tensors; a copy of them is a handle without.
             event, hook: ``hook`` is None unless asked for.
+
+            With ``expert_major=False``:
+
+            recv_x: bf16 [R, M, H], or (E4M3 [R, M, H], scales [R, M, H / 128] float32 or [..., H / 512] int32, strides
+                (M * columns, 1, M): tokens innermost). Row (r, t) is token t of rank r. Rows of tokens that no local
+                expert wants have any contents.
+            recv_count: int32 [R], the tokens of each rank, 0 for a masked one.
+            handle: (recv_topk_idx int32 [R, M, K], recv_topk_weights, M, H, E). recv_topk_idx is the local expert of
+                each selection, -1 for none, for one of another rank, and for tokens from recv_count on.
+                recv_topk_weights is float32 [R, M, K], 0 where the index is -1, or of shape [0] without
+                ``topk_weights``. Both are to be read only: combine goes by the index. A copy of them is as good.
 
         Raises:
             ConfigError: bad arguments, more than M tokens, or a third operation while two hooks are outstanding. The
@@ -128,6 +144,7 @@ class LowLatencyMixin:
                 cumulative_local_expert_recv_stats,
                 dispatch_wait_recv_cost_stats,
                 (use_fp8, round_scale, use_ue8m0),
+                expert_major,
                 return_recv_hook,
             )
             if taken is not None:
@@ -166,7 +183,9 @@ class LowLatencyMixin:
             if stats[1] is not None:
                 name = "dispatch_wait_recv_cost_stats"
                 _check_stats(stats[1], name, operation, torch.int64, self.group_size, x.device)
-            request = LowLatencyDispatch(x, topk_idx, topk_weights, num_max, num_experts, scale_format, *stats)
+            request = LowLatencyDispatch(
+                x, topk_idx, topk_weights, num_max, num_experts, scale_format, *stats, bool(expert_major)
+            )
             call.start()
             if kernels is not None:
                 (recv_x, count, handle), hook = kernels.dispatch(request, return_recv_hook)
@@ -186,7 +205,7 @@ class LowLatencyMixin:
         self,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
+        topk_weights: torch.Tensor | None,
         handle: LowLatencyHandle,
         use_logfmt: bool = False,
         zero_copy: bool = False,
@@ -203,18 +222,24 @@ class LowLatencyMixin:
         summed in FP32 in rank order and rounded once. With ``sum_at_home`` all rows are summed in FP32 in top-k order
         with one rounding.
 
+        After a dispatch with ``expert_major=False`` the caller has summed: row (r, t) of x is what all local experts
+        made of token t of rank r, weighted (with recv_topk_weights) and rounded to bf16. These are the ranks' partials.
+        Nothing is awaited before they leave. Rows of tokens that no local expert wants are not read.
+
         Args:
-            x: bf16 [L, R * M, H], rows as dispatched.
+            x: bf16 [L, R * M, H], rows as dispatched; [R, M, H] after ``expert_major=False``.
             topk_idx: [T, K] as dispatched; entries may have been set to -1 since, to leave them out, unless the weights
-                went with the dispatch.
-            topk_weights: float32 [T, K]; those of the dispatch if they went with it.
+                went with the dispatch or rows lie by source.
+            topk_weights: float32 [T, K]; those of the dispatch if they went with it. After ``expert_major=False`` not
+                used, and may be None.
             handle: of the dispatch. If the weights went with it, all ranks pass it as it was returned, or all pass
                 copies of its tensors (or ``sum_at_home``, or ``use_logfmt``): then those weights are not used.
-            use_logfmt: send rows in LogFMT-10 (see `deep_ep.logfmt`). Not together with ``zero_copy``.
+            use_logfmt: on all ranks or none; send rows in LogFMT-10 (see `deep_ep.logfmt`). Not with ``zero_copy``.
             zero_copy: the rows are in `get_next_low_latency_combine_buffer(handle)` already; x only gives the shape.
             return_recv_hook: as for `low_latency_dispatch`: x may be written again before the hook is called, the
                 handle, topk_idx and topk_weights may not. (Of a handle whose src_info is a copy, x is copied for that.)
             out: bf16 [T, H] to write the result to.
+            sum_at_home: not after ``expert_major=False``.
             combine_wait_recv_cost_stats: int64 [R]; nanoseconds waited for each rank are added.
 
         Returns:
@@ -226,7 +251,7 @@ class LowLatencyMixin:
         operation = "low_latency_combine"
         engine = self._engine(operation)
         kernels: LowLatencyKernels | None = engine.low_latency
-        is_plain = not (async_finish or use_logfmt or zero_copy)
+        is_plain = not (async_finish or zero_copy)
         if kernels is not None and is_plain and not self._hooks:
             taken = kernels.try_combine(
                 x,
@@ -236,15 +261,14 @@ class LowLatencyMixin:
                 out,
                 combine_wait_recv_cost_stats,
                 sum_at_home,
+                use_logfmt,
                 return_recv_hook,
             )
             if taken is not None:
                 if self._portable_waits:
                     self._portable_waits.pop(operation, None)
                 return taken[0], EventOverlap(), taken[1]
-        if use_logfmt:
-            kernels = None
-        elif kernels is not None:
+        if kernels is not None:
             is_handle = isinstance(handle, (tuple, list)) and len(handle) == 5
             num_max, num_experts = (handle[2], handle[4]) if is_handle else (None, None)
             kernels = self._kernels(x, topk_idx, num_max, num_experts, False)
@@ -258,6 +282,9 @@ class LowLatencyMixin:
             _check_handle_device(src_info, layout_range, x.device, operation)
             topk_idx = checks.check_topk_idx(topk_idx, operation)
             num_tokens, num_topk = topk_idx.shape
+            expert_major = src_info.dim() == 2
+            if not expert_major:
+                _check_by_source(src_info, num_topk, sum_at_home, operation)
             checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, device=x.device)
             if num_tokens > num_max:
                 raise ConfigError(
@@ -266,7 +293,9 @@ class LowLatencyMixin:
                 )
             if kernels is None:
                 check_topk_range(topk_idx, num_experts)
-            weights = _checked_weights(topk_weights, operation, [num_tokens, num_topk], x.device)
+            weights = None
+            if expert_major:
+                weights = _checked_weights(topk_weights, operation, [num_tokens, num_topk], x.device)
             if use_logfmt and zero_copy:
                 raise ConfigError(f"{operation}: use_logfmt encodes rows while sending, so it excludes zero_copy")
             if zero_copy:
@@ -300,6 +329,7 @@ class LowLatencyMixin:
                 sum_at_home,
                 out,
                 wait_stats,
+                expert_major,
             )
             call.start()
             if kernels is not None:
@@ -314,7 +344,8 @@ class LowLatencyMixin:
         return out, call.event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
-        """bf16 [L, R * M, H] to write the experts' rows into, for the next `low_latency_combine(zero_copy=True)`.
+        """bf16 [L, R * M, H], or [R, M, H] after ``expert_major=False``, to write the experts' rows into, for the next
+        `low_latency_combine(zero_copy=True)`.
 
         Raises:
             ConfigError: the handle is not one of a low-latency dispatch of this group.
@@ -465,6 +496,15 @@ class LowLatencyMixin:
         src_info, layout_range, num_max, hidden, num_experts = handle
         for i, number in ((2, num_max), (3, hidden), (4, num_experts)):
             checks.check_count(number, f"handle[{i}]", operation, minimum=1)
+        if isinstance(src_info, torch.Tensor) and src_info.dim() == 3:
+            by_source = [self.group_size, num_max, None]
+            index = checks.check_tensor(src_info, "handle[0]", operation, dim=3, dtypes=[torch.int32], shape=by_source)
+            has_weights = isinstance(layout_range, torch.Tensor) and layout_range.dim() == 3
+            shape = list(index.shape) if has_weights else [0]
+            weights = checks.check_tensor(
+                layout_range, "handle[1]", operation, dim=len(shape), dtypes=[torch.float32], shape=shape
+            )
+            return index, weights, num_max, hidden, num_experts
         num_local = num_local_experts(num_experts, self.group_size, self.rank)
         rows = [num_local, self.group_size * num_max]
         src_info = checks.check_tensor(src_info, "handle[0]", operation, dim=2, dtypes=[torch.int32], shape=rows)
@@ -501,6 +541,19 @@ def _checked_weights(topk_weights: object, operation: str, shape: list[int], dev
     return checks.check_tensor(
         topk_weights, "topk_weights", operation, dim=2, dtypes=[torch.float32], shape=shape, device=device
     )
+
+
+def _check_by_source(recv_topk_idx: torch.Tensor, num_topk: int, sum_at_home: bool, operation: str) -> None:
+    if recv_topk_idx.shape[2] != num_topk:
+        raise ConfigError(
+            f"{operation}: topk_idx has {num_topk} selections a token but the handle's dispatch had "
+            f"{recv_topk_idx.shape[2]}; pass the topk_idx of that dispatch"
+        )
+    if sum_at_home:
+        raise ConfigError(
+            f"{operation}: sum_at_home=True, but the handle is of a dispatch with expert_major=False, whose rows are "
+            "sums of several experts; leave sum_at_home out, or dispatch with expert_major=True"
+        )
 
 
 def _check_device(x: torch.Tensor, kernels: LowLatencyKernels | None, operation: str) -> None:

@@ -10,6 +10,8 @@ import torch
 from cases import generator, make_topk, to_cpu
 from harness import RankContext, expect_bits, run_ranks
 
+from deep_ep import logfmt
+
 
 @dataclasses.dataclass(frozen=True)
 class LowLatencyCase:
@@ -24,7 +26,9 @@ class LowLatencyCase:
     fp8: str = "fp32"  # none | fp32 | pow2 | ue8m0
     finish: str = "sync"  # sync | async | hook
     weights_at_dispatch: bool = False
+    expert_major: bool = True
     sum_at_home: bool = False
+    use_logfmt: bool = False  # compared with the reference where rows lie by source
     zero_copy: bool = False
     out: bool = False
     domain: int | None = None
@@ -51,8 +55,12 @@ def make_inputs(case: LowLatencyCase, rank: int) -> tuple[torch.Tensor, torch.Te
 
 def make_expert_rows(case: LowLatencyCase, rank: int) -> torch.Tensor:
     num_local = len(ref.experts_of_rank(case.num_experts, case.num_ranks)[rank])
-    shape = (num_local, case.num_ranks * case.max_tokens, case.hidden)
-    return torch.randn(shape, generator=generator(case.seed, rank, 61)).bfloat16()
+    groups = (num_local, case.num_ranks * case.max_tokens) if case.expert_major else (case.num_ranks, case.max_tokens)
+    shape = (*groups, case.hidden)
+    rows = torch.randn(shape, generator=generator(case.seed, rank, 61))
+    if case.use_logfmt:  # of small magnitude most rows are cast, else none is
+        rows *= torch.where(torch.arange(rows.shape[-2]) % 5 == 0, 1.0, 0.125)[:, None]
+    return rows.bfloat16()
 
 
 def ll_buffer(ctx: RankContext, domain: int | None = None, **kwargs: Any) -> Any:
@@ -76,8 +84,9 @@ def run_case(ctx: RankContext, case: LowLatencyCase) -> dict[str, Any]:
     rows = make_expert_rows(case, ctx.rank).to(ctx.device)
     how = {"async_finish": case.finish == "async", "return_recv_hook": case.finish == "hook"}
     result: dict[str, Any] = {}
+    num_local = len(ref.experts_of_rank(case.num_experts, case.num_ranks)[ctx.rank])
     for repeat in range(case.repeats):
-        stats = torch.zeros(rows.size(0), dtype=torch.int32, device=ctx.device)
+        stats = torch.zeros(num_local, dtype=torch.int32, device=ctx.device)
         wait = torch.zeros(ctx.num_ranks, dtype=torch.int64, device=ctx.device)
         recv, count, handle, event, hook = buffer.low_latency_dispatch(
             x,
@@ -87,6 +96,7 @@ def run_case(ctx: RankContext, case: LowLatencyCase) -> dict[str, Any]:
             cumulative_local_expert_recv_stats=stats,
             dispatch_wait_recv_cost_stats=wait,
             topk_weights=weights if case.weights_at_dispatch else None,
+            expert_major=case.expert_major,
             **FP8_ARGS[case.fp8],
             **how,
         )
@@ -104,8 +114,9 @@ def run_case(ctx: RankContext, case: LowLatencyCase) -> dict[str, Any]:
         combined, event, hook = buffer.low_latency_combine(
             torch.zeros_like(rows) if case.zero_copy else rows,
             idx,
-            weights,
+            weights if case.expert_major else None,
             handle,
+            use_logfmt=case.use_logfmt,
             zero_copy=case.zero_copy,
             out=out,
             sum_at_home=case.sum_at_home,
@@ -138,6 +149,9 @@ def check_case(case: LowLatencyCase) -> None:
 
 def verify(case: LowLatencyCase, rank: int, got: dict[str, Any]) -> None:
     """Compare what `rank` saw (the result of `run_case`) with the reference."""
+    if not case.expert_major:
+        verify_by_source(case, rank, got)
+        return
     inputs = [make_inputs(case, r) for r in range(case.num_ranks)]
     topk, weights = [i[1] for i in inputs], [i[2] for i in inputs]
     rows = [make_expert_rows(case, r) for r in range(case.num_ranks)]
@@ -176,3 +190,50 @@ def verify(case: LowLatencyCase, rank: int, got: dict[str, Any]) -> None:
                 expect_bits(values[e, row], sent[src][part][token], f"{tag}: part {part} of expert {e}, row {row}")
     want = ref.low_latency_combine(rows, topk, weights, case.num_experts, rank, case.sum_at_home)
     expect_bits(got["combined"], want, f"{tag}: combined")
+
+
+def verify_by_source(case: LowLatencyCase, rank: int, got: dict[str, Any]) -> None:
+    """The same for `expert_major=False`."""
+    inputs = [make_inputs(case, r) for r in range(case.num_ranks)]
+    rows = [make_expert_rows(case, r) for r in range(case.num_ranks)]
+    tag = f"rank {rank} of {case}"
+    experts = ref.experts_of_rank(case.num_experts, case.num_ranks)[rank]
+    expect_bits(got["count"], torch.tensor(case.tokens, dtype=torch.int32), f"{tag}: recv_count")
+    assert bool((got["wait"] >= 0).all()), tag
+    packed = ref.low_latency_rows([i[1] for i in inputs], case.num_experts, rank)
+    expect_bits(got["stats"], torch.tensor([len(e.sources) for e in packed], dtype=torch.int32), f"{tag}: stats")
+    index, weights, max_tokens, hidden, num_experts = got["handle"]
+    assert (max_tokens, hidden, num_experts) == (case.max_tokens, case.hidden, case.num_experts), tag
+    by_selection = (case.num_ranks, case.max_tokens, case.num_topk)
+    assert got["recv"][0].shape == (case.num_ranks, case.max_tokens, case.hidden), tag
+    if case.fp8 != "none":
+        columns = -(-case.hidden // (512 if case.fp8 == "ue8m0" else 128))
+        assert got["recv"][1].shape == (case.num_ranks, case.max_tokens, columns), tag
+        assert got["strides"] == (columns * case.max_tokens, 1, case.max_tokens), tag
+    want_index = torch.full(by_selection, -1, dtype=torch.int32)
+    want_weights = torch.zeros(by_selection)
+    for source, (x, topk_idx, topk_weights) in enumerate(inputs):
+        here = (topk_idx >= experts.start) & (topk_idx < experts.stop)
+        want_index[source, : len(x)] = torch.where(here, topk_idx.long() - experts.start, -1).int()
+        want_weights[source, : len(x)] = torch.where(here, topk_weights, 0.0)
+        sent = (x,) if case.fp8 == "none" else ref.quantize_1x128(x, case.fp8)
+        tokens = here.any(1).nonzero()[:, 0]
+        for part, values in enumerate(got["recv"]):
+            expect_bits(values[source][tokens], sent[part][tokens], f"{tag}: part {part} of source {source}")
+    expect_bits(index, want_index, f"{tag}: recv_topk_idx")
+    if case.weights_at_dispatch:
+        expect_bits(weights, want_weights, f"{tag}: recv_topk_weights")
+    else:
+        assert (weights.shape, weights.dtype) == ((0,), torch.float32), tag
+    expect_bits(got["combined"], sum_by_source(case, rows, inputs[rank][1], rank), f"{tag}: combined")
+
+
+def sum_by_source(case: LowLatencyCase, rows: list[torch.Tensor], topk_idx: torch.Tensor, home: int) -> torch.Tensor:
+    """bf16 [T, H]: the rows of the ranks that own an expert of a token, added in FP32 in rank order."""
+    if case.use_logfmt:
+        rows = [logfmt.simulate(r) for r in rows]
+    total = torch.zeros(len(topk_idx), case.hidden)
+    for rank, experts in enumerate(ref.experts_of_rank(case.num_experts, case.num_ranks)):
+        here = ((topk_idx >= experts.start) & (topk_idx < experts.stop)).any(1, keepdim=True)
+        total = torch.where(here, total + rows[rank][home, : len(topk_idx)].float(), total)
+    return total.bfloat16()

@@ -62,10 +62,10 @@ class FakePlan:
 class FakeDispatchPlan(FakePlan):
     @property
     def outputs(self) -> Any:
-        num_experts, num_max, _, _, with_weights = self.shape
+        num_experts, num_max, _, _, with_weights, expert_major = self.shape
         num_ranks = len(self.peers.regions)
         num_local = num_local_experts(num_experts, num_ranks, 1 if num_ranks > 1 else 0)
-        return _C.LowLatencyOutputs(num_local, num_ranks, num_max, self.num_topk, with_weights)
+        return _C.LowLatencyOutputs(num_local, num_ranks, num_max, self.num_topk, with_weights, expert_major)
 
 
 class FakeMemory:
@@ -153,7 +153,8 @@ def dispatch_request(
     idx = torch.zeros((num_tokens, given.get("num_topk", 2)), dtype=given.get("idx_dtype", torch.int64))
     weights = torch.ones(idx.shape) if given.get("with_weights") else None
     stats = (given.get("recv"), given.get("wait"))
-    return LowLatencyDispatch(x, idx, weights, num_max, num_experts, given.get("scale_format"), *stats)
+    layout = given.get("expert_major", True)
+    return LowLatencyDispatch(x, idx, weights, num_max, num_experts, given.get("scale_format"), *stats, layout)
 
 
 def dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook: bool) -> tuple[Any, Any]:
@@ -168,19 +169,21 @@ def dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook: bool
 
 
 def combine_request(output: Any, num_tokens: int = 3, num_topk: int = 2, **given: Any) -> LowLatencyCombine:
-    hidden, num_max = output.rows.shape[2], output.rows.shape[1] // 3
+    expert_major = output.src_info.dim() == 2
+    hidden, num_max = output.rows.shape[2], output.rows.shape[1] // (3 if expert_major else 1)
     return LowLatencyCombine(
         torch.zeros(output.rows.shape, dtype=torch.bfloat16),
         torch.zeros((num_tokens, num_topk), dtype=torch.int64),
-        torch.ones((num_tokens, num_topk)),
+        torch.ones((num_tokens, num_topk)) if expert_major else None,
         given.get("src_info", output.src_info),
         output.layout_range,
         num_max,
         7,
-        False,
+        given.get("use_logfmt", False),
         given.get("sum_at_home", False),
         torch.empty((num_tokens, hidden), dtype=torch.bfloat16),
         None,
+        expert_major,
     )
 
 
@@ -196,6 +199,7 @@ def quick_dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook
         "flags": {None: (False, False, False), "fp32": (True, False, False), "pow2": (True, True, False)}[
             request.scale_format
         ],
+        "expert_major": request.expert_major,
         "with_hook": with_hook,
     }
     return ll.try_dispatch(**{**arguments, **other})
@@ -210,6 +214,7 @@ def quick_combine(ll: LowLatencyKernels, output: Any, request: LowLatencyCombine
         "out": request.out,
         "wait_stats": None,
         "sum_at_home": request.sum_at_home,
+        "use_logfmt": request.use_logfmt,
         "with_hook": False,
     }
     return ll.try_combine(**{**arguments, **other})

@@ -101,7 +101,8 @@ def test_a_run_without_a_gpu(tmp_path):
     result = json.loads(out.read_text())
     keys = {row["key"] for row in result["rows"]}
     hooks = {"dispatch_hook", "combine_hook", "pair_hook"}
-    assert keys == {"dispatch", "combine", "pair", *hooks, *(f"{key}_weights" for key in hooks)}
+    plain = {"dispatch", "combine", "pair"}
+    assert keys == {*plain, *(f"{key}_source" for key in plain), *hooks, *(f"{key}_weights" for key in hooks)}
     assert {(row["tokens"], row["format"]) for row in result["rows"]} == {
         (t, f) for t in (1, 5) for f in ("fp8", "bf16")
     }

@@ -70,7 +70,7 @@ def test_outputs_of_a_dispatch(ll, scale_format):
     assert output.count.data_ptr() == small + plan.outputs.recv_count_at
     assert output.src_info.data_ptr() == small + plan.outputs.src_info_at
     format_ = -1 if scale_format is None else ["fp32", "pow2", "ue8m0"].index(scale_format)
-    assert plan.shape == (7, 4, 640, format_, False)
+    assert plan.shape == (7, 4, 640, format_, False, True)
     assert getattr(output.src_info, PLACES)[1] == small
 
 
@@ -342,6 +342,29 @@ def test_combines_that_use_weights_and_others_do_not_match(ll):
     assert signature(weighted, sum_at_home=True) == signature(plain, sum_at_home=True) == without
 
 
+def test_combines_with_and_without_logfmt_do_not_match(ll):
+    """They go to plans of their own, and the weights that came with the dispatch are not used."""
+    coded = []
+    for given in (False, True):
+        output, _ = dispatch(ll, dispatch_request(with_weights=given), False)
+        plain, request = combine_request(output), combine_request(output, use_logfmt=True)
+        ll.combine(plain, False)
+        assert quick_combine(ll, output, request) is None
+        without = FakePlan.launches[-1]
+        ll.combine(request, False)
+        assert quick_combine(ll, output, request) is not None
+        checked, again = FakePlan.launches[-2:]
+        assert checked == again
+        assert (without[0].shape[-2], checked[0].shape[-2]) == (False, True)
+        assert without[0].signature != checked[0].signature
+        assert checked[4] != 0
+        assert checked[5:7] == (without[5], 0)
+        coded.append(checked[0].signature)
+        quick_combine(ll, output, plain)
+        assert FakePlan.launches[-1] == without
+    assert coded[0] == coded[1]
+
+
 def test_what_is_served(ll):
     assert ll.serves(136, 8, 128, 256)
     assert ll.serves(128, 32, 128, 256, use_fp8=True)
@@ -465,7 +488,9 @@ def test_a_combine_like_one_before_launches_the_same(ll):
     assert ll._traffic.combine_calls == 3
 
 
-@pytest.mark.parametrize("name", ["x", "topk_idx", "topk_weights", "handle", "out", "wait_stats", "sum_at_home"])
+@pytest.mark.parametrize(
+    "name", ["x", "topk_idx", "topk_weights", "handle", "out", "wait_stats", "sum_at_home", "use_logfmt"]
+)
 def test_combines_with_something_new_are_left_to_the_checks(ll, name):
     output, _ = dispatch(ll, dispatch_request(), False)
     request = combine_request(output)
@@ -486,6 +511,7 @@ def test_combines_with_something_new_are_left_to_the_checks(ll, name):
         "out": [request.out.float(), request.out[:2], torch.zeros((256, 3), dtype=torch.bfloat16).t(), 1],
         "wait_stats": [torch.zeros(3), torch.zeros(2, dtype=torch.int64)],
         "sum_at_home": [True],
+        "use_logfmt": [True, None],
     }
     for value in wrong[name]:
         assert quick_combine(ll, output, request, **{name: value}) is None

@@ -131,7 +131,7 @@ def test_can_run(archs, capability, runs):
 @pytest.mark.parametrize(
     ("software_", "gpus_", "host_", "engine", "reasons"),
     [
-        (SOFTWARE, GPUS, HOST, "cuda", ["reaches the memory", "LogFMT"]),
+        (SOFTWARE, GPUS, HOST, "cuda", ["reaches the memory", "CPU tensors"]),
         (SOFTWARE, NO_GPUS, HOST, "portable", ["no GPU (no NVIDIA driver)", "shared memory"]),
         (dataclasses.replace(SOFTWARE, torch_cuda=None), GPUS, HOST, "portable", ["without CUDA", "shared memory"]),
         (

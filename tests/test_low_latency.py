@@ -46,7 +46,7 @@ def test_serving_shapes(num_ranks, finish):
 @pytest.mark.parametrize("torchrun", [0, 2])
 def test_script(torchrun):
     out = run_script("test_low_latency.py", "--num-processes", "2", *SMALL, "--use-logfmt", torchrun=torchrun)
-    assert out.count("[check]") == 7
+    assert out.count("[check]") == 8
     assert "dispatch + combine" in out
 
 
@@ -61,6 +61,7 @@ def check(ctx: RankContext, args: argparse.Namespace, report: Report) -> None:
         "summed at home": {"sum_at_home": True, "out": True},
         "zero copy": {"zero_copy": True},
         "weights at dispatch, hook": {"weights_at_dispatch": True, "finish": "hook"},
+        "rows by source": {"weights_at_dispatch": True, "expert_major": False},
     }
     for name, changes in cases.items():
         case = LowLatencyCase(ctx.num_ranks, tokens, most, args.hidden, args.num_topk, args.num_experts, **changes)

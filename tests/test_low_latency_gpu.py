@@ -400,24 +400,91 @@ def test_normal_and_low_latency_calls_alternate(on_gpus):
     run_ranks(2, run_alternating_modes, 60)
 
 
-def run_logfmt(ctx: RankContext) -> None:
+def make_logfmt_rows(case: LowLatencyCase, rank: int) -> torch.Tensor:
+    """Expert rows most of whose chunks are cast, and some that are not, with large, tiny or special values."""
+    rows = make_expert_rows(case, rank).float() * 0.125  # below 1: otherwise chunks travel as bf16
+    scale = torch.randint(-12, 1, rows.shape[:2], generator=generator(case.seed, rank, 62))
+    rows *= torch.exp2(scale.float())[..., None]
+    flat = rows.view(-1, case.hidden)
+    flat[:, ::7] = 0.0
+    flat[:, 3::11] *= 2.0**-30
+    flat[::5, :128] = 0.0
+    flat[1::5, -1] = 3.0
+    flat[2::5, 0] = float("nan")
+    flat[3::10] *= 2.0**-90
+    return rows.bfloat16()
+
+
+def run_logfmt(ctx: RankContext, hidden: int, max_tokens: int) -> None:
+    """All ways to call it, eagerly and in a graph; the weights that came with a dispatch are not used."""
     buffer, portable = make_buffer(ctx), make_buffer(ctx, "portable")
-    case = LowLatencyCase(ctx.num_ranks, (6,) * ctx.num_ranks, hidden=1024)
+    tokens = some_tokens(ctx.num_ranks, max_tokens)
+    case = LowLatencyCase(ctx.num_ranks, tokens, max_tokens, hidden, 4, 8, mask="some", fp8="none")
     x, idx, weights = make_inputs(case, ctx.rank)
-    rows = make_expert_rows(case, ctx.rank) * 0.125  # below 1: otherwise chunks travel as bf16
-    want = portable.low_latency_combine(rows, idx, weights, portable.low_latency_dispatch(x, idx, 8, 8)[2], True)[0]
-    on_device = [t.to(ctx.device) for t in (x, idx, weights, rows)]
-    for early in (None, on_device[2]):  # the weights that came are not used
-        handle = buffer.low_latency_dispatch(*on_device[:2], 8, 8, topk_weights=early)[2]
-        expect_bits(buffer.low_latency_combine(on_device[3], *on_device[1:3], handle, True)[0], want, "LogFMT")
-        buffer.low_latency_combine(on_device[3], *on_device[1:3], handle)
+    rows = make_logfmt_rows(case, ctx.rank)
+    handle = portable.low_latency_dispatch(x, idx, max_tokens, 8, use_fp8=False)[2]
+    want = {
+        at_home: portable.low_latency_combine(rows, idx, weights, handle, True, sum_at_home=at_home)[0]
+        for at_home in (False, True)
+    }
+    x, idx, weights, rows = (t.to(ctx.device) for t in (x, idx, weights, rows))
+
+    def combine(handle: Any, rows: torch.Tensor = rows, **how: Any) -> torch.Tensor:
+        combined, event, hook = buffer.low_latency_combine(rows, idx, weights, handle, use_logfmt=True, **how)
+        if hook is not None:
+            rows.fill_(float("nan"))  # they have left
+            hook()
+        if how.get("async_finish"):
+            event.current_stream_wait()
+        return combined
+
+    def pair() -> torch.Tensor:
+        return combine(buffer.low_latency_dispatch(x, idx, max_tokens, 8, use_fp8=False)[2])
+
+    for early in (None, weights):
+        handle = buffer.low_latency_dispatch(x, idx, max_tokens, 8, use_fp8=False, topk_weights=early)[2]
+        copied = (handle[0].clone(), *handle[1:])
+        num_launches = launches(buffer, "low_latency_combine")
+        for repeat in range(2):  # the second time without detailed checks
+            for at_home in (False, True):
+                how = {"sum_at_home": at_home}
+                got = {
+                    "whole": combine(handle, **how),
+                    "out": combine(handle, out=torch.full_like(x, 7.0), **how),
+                    "asynchronous": combine(handle, async_finish=True, **how),
+                    "hook": combine(handle, rows.clone(), return_recv_hook=True, **how),
+                    "copied handle": combine(copied, **how),
+                    "copied handle, hook": combine(copied, rows.clone(), return_recv_hook=True, **how),
+                }
+                for name, combined in got.items():
+                    expect_bits(combined, want[at_home], f"LogFMT, {name}, {at_home}, repeat {repeat}")
+        assert launches(buffer, "low_latency_combine") == num_launches + 4 * 8
+        buffer.low_latency_combine(rows, idx, weights, handle)  # as bf16 in between
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        pair()
     finished(buffer)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        combined = pair()
+    ctx.barrier()
+    for replay in range(5):
+        combined.fill_(7.0)
+        graph.replay()
+        torch.cuda.synchronize()
+        expect_bits(combined, want[False], f"LogFMT, replay {replay}")
+    finished(buffer)
+    ctx.barrier()
 
 
 @pytest.mark.gpu
-def test_logfmt(on_gpus):
-    on_gpus(2)
-    run_ranks(2, run_logfmt)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(("hidden", "max_tokens"), [(1024, 6), (512, 200), (1536, 24), (7168, 128), (136, 6)])
+def test_logfmt(on_gpus, num_ranks, hidden, max_tokens):
+    on_gpus(num_ranks)
+    run_ranks(num_ranks, run_logfmt, hidden, max_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------

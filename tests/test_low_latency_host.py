@@ -13,6 +13,7 @@ from deep_ep.engines.cuda_ll import LowLatencyKernels
 from deep_ep.errors import CommTimeout, ConfigError
 
 M, E, H = 4, 4, 256
+ODD_H = 12
 
 
 @pytest.fixture
@@ -42,6 +43,12 @@ def combine(world: Any, handle: Any, **other: Any) -> Any:
         "handle": handle,
     }
     return world.buffer.low_latency_combine(**{**arguments, **other})
+
+
+def portable_combine(world: Any, **other: Any) -> Any:
+    """Of rows that are no multiple of 16 bytes, which kernels do not take; none came."""
+    handle = (torch.full((E, M), -1, dtype=torch.int32), torch.zeros((E, 1), dtype=torch.int64), M, ODD_H, E)
+    return combine(world, handle, x=torch.zeros((E, M, ODD_H), dtype=torch.bfloat16), **other)
 
 
 def empty_handle(world: Any, **other: Any) -> Any:
@@ -82,17 +89,35 @@ def test_weights_may_go_with_the_dispatch(world):
     for given in (world.weights, world.weights, strided):
         handle = dispatch(world, topk_weights=given)[2]
         assert FakePlan.launches[-1][3] not in (0, strided.data_ptr())
-        for sum_at_home in (False, True, False):
-            combine(world, handle, sum_at_home=sum_at_home)
-            assert (FakePlan.launches[-1][6] == 0) == sum_at_home
+        for asked in ({}, {"sum_at_home": True}, {"use_logfmt": True}, {}):
+            combine(world, handle, **asked)
+            assert (FakePlan.launches[-1][6] == 0) == bool(asked)
     # Without tokens there may be no address.
     nothing = {"x": world.x[:0], "topk_idx": world.idx[:0], "topk_weights": world.weights[:0]}
     dispatch(world, **nothing)
     assert FakePlan.launches[-1][0].shape[-1] is True
     num_launches = len(FakePlan.launches)
-    handle = empty_handle(world, topk_weights=world.weights)
-    combine(world, handle, use_logfmt=True)  # of the portable engine
+    empty_handle(world, topk_weights=world.weights)
+    portable_combine(world)
     assert len(FakePlan.launches) == num_launches + 1
+
+
+def test_logfmt_is_of_the_kernels(world):
+    """One launch a call, or two with a hook, whether checked or like one before, of plans of its own."""
+    handle = empty_handle(world)
+    out = torch.zeros((3, H), dtype=torch.bfloat16)
+    for how in ({}, {"sum_at_home": True}, {"out": out}, {"return_recv_hook": True}) * 2:
+        num_launches = len(FakePlan.launches)
+        for use_logfmt in (True, False):
+            combined, event, hook = combine(world, handle, use_logfmt=use_logfmt, **how)
+            assert combined is out or "out" not in how
+            assert (hook is not None) == ("return_recv_hook" in how)
+            assert isinstance(event, deep_ep.EventOverlap)
+            if hook is not None:
+                hook()
+            assert FakePlan.launches[-1][0].shape[-2] is use_logfmt
+        assert len(FakePlan.launches) == num_launches + (4 if "return_recv_hook" in how else 2)
+    assert not world.buffer._portable_waits
 
 
 def test_a_third_outstanding_operation_takes_part_in_nothing(world):
@@ -107,7 +132,7 @@ def test_a_third_outstanding_operation_takes_part_in_nothing(world):
         with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
             combine(world, handle, **again)
     with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
-        combine(world, handle, use_logfmt=True)
+        portable_combine(world)
     assert len(FakePlan.launches) == num_launches
     assert [outstanding.num_calls for outstanding in world.ll._outstanding] == calls
     assert refusals(world) == []
@@ -119,17 +144,17 @@ def test_a_third_outstanding_operation_takes_part_in_nothing(world):
 def test_hooks_of_both_engines_count_together(world):
     handle = empty_handle(world)
     calls = world.ll._outstanding[1].num_calls
-    combined, _, portable = combine(world, handle, use_logfmt=True, return_recv_hook=True)
+    combined, _, portable = portable_combine(world, return_recv_hook=True)
     assert world.ll._outstanding[1].num_calls == calls  # the kernels' epochs are their own
     received = dispatch(world, return_recv_hook=True)
     with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
         dispatch(world)
     with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
-        combine(world, handle, use_logfmt=True)
+        portable_combine(world)
     assert refusals(world) == []
     portable()
-    assert combined.tolist() == torch.zeros((3, H)).tolist()
-    combine(world, handle, use_logfmt=True)
+    assert combined.tolist() == torch.zeros((3, ODD_H)).tolist()
+    portable_combine(world)
     received[4]()
     num_launches = len(FakePlan.launches)
     dispatch(world)
@@ -143,7 +168,7 @@ def test_the_portable_engine_has_no_sets(world):
     handle = empty_handle(world)
     hook = combine(world, handle, return_recv_hook=True)[2]
     combine(world, handle)
-    combine(world, handle, use_logfmt=True)
+    portable_combine(world)
     with pytest.raises(ConfigError, match="from 2 calls ago"):
         combine(world, handle)
     hook()
@@ -162,9 +187,9 @@ def test_a_failure_raised_before_is_raised_again(world):
 
 
 def test_dropped_hooks_of_the_portable_engine_hold_nothing(world):
-    handle = empty_handle(world)
+    empty_handle(world)
     for _ in range(4):
-        combine(world, handle, use_logfmt=True, return_recv_hook=True)
+        portable_combine(world, return_recv_hook=True)
     dispatch(world)
 
 
@@ -214,6 +239,7 @@ def test_wrong_combines_are_refused_where_the_peers_are(world):
             {"topk_weights": torch.ones((3, 2)).double()},
             {"out": torch.zeros((3, 1), dtype=torch.bfloat16)},
             {"zero_copy": True},
+            {"zero_copy": True, "use_logfmt": True},
         )
     ):
         with pytest.raises(ConfigError):
@@ -246,21 +272,21 @@ def test_waits_are_those_of_the_engine_that_ran_last(world):
     assert world.buffer.last_waits() == {name: [0] for name in names}
     world.ll._waits[0, 0], world.ll._waits[1, 0] = 5, 6
     assert world.buffer.last_waits() == {names[0]: [5], names[1]: [6]}
-    combine(world, handle, use_logfmt=True)
+    portable_combine(world)
     assert world.buffer.last_waits() == {names[0]: [5], names[1]: [0]}
     dispatch(world)
     assert world.buffer.last_waits()[names[1]] == [0]
     for _ in range(2):
         combine(world, handle)
         assert world.buffer.last_waits() == {names[0]: [5], names[1]: [6]}
-        combine(world, handle, use_logfmt=True)
+        portable_combine(world)
     combine(world, handle)
     assert world.buffer.last_waits() == {names[0]: [5], names[1]: [6]}
 
 
 def test_masks_hold_on_both_engines(world, monkeypatch):
     """Ranks that kernels have masked are left out by the portable engine, and the other way round."""
-    handle = empty_handle(world)
+    empty_handle(world)
     seen = []
 
     def lose_the_rank(engine: Any, request: Any, masked: set[int], mask_after_s: float) -> Any:
@@ -269,11 +295,11 @@ def test_masks_hold_on_both_engines(world, monkeypatch):
         return lambda: None
 
     monkeypatch.setattr("deep_ep.low_latency.portable_ll.combine", lose_the_rank)
-    combine(world, handle, use_logfmt=True)
+    portable_combine(world)
     assert world.ll.masked.tolist() == [1]
-    combine(world, handle, use_logfmt=True)
+    portable_combine(world)
     world.buffer.low_latency_clean_mask_buffer()
-    combine(world, handle, use_logfmt=True)
+    portable_combine(world)
     assert seen == [(set(), 0.25), ({0}, 0.25), (set(), 0.25)]
 
 

@@ -162,15 +162,20 @@ def test_rows_are_cut_into_whole_steps(row_bytes, wanted):
     num_max_tokens=st.integers(1, 130),
     num_topk=st.integers(1, 32),
     with_weights=st.booleans(),
+    expert_major=st.booleans(),
 )
-def test_outputs_do_not_overlap(num_local, num_ranks, num_max_tokens, num_topk, with_weights):
-    outputs = _C.LowLatencyOutputs(num_local, num_ranks, num_max_tokens, num_topk, with_weights)
+def test_outputs_do_not_overlap(num_local, num_ranks, num_max_tokens, num_topk, with_weights, expert_major):
+    outputs = _C.LowLatencyOutputs(num_local, num_ranks, num_max_tokens, num_topk, with_weights, expert_major)
     capacity = num_ranks * num_max_tokens
+    by_expert = [(outputs.src_info_at, 4 * num_local * capacity)]
+    if not expert_major:
+        assert outputs.src_info_at == outputs.positions_at
+        by_expert = []
     parts = [
-        (0, 8 * num_local * num_ranks),
+        (0, 8 * num_local * num_ranks if expert_major else 0),
         (outputs.ticket_at, 8),
-        (outputs.recv_count_at, 4 * num_local),
-        (outputs.src_info_at, 4 * num_local * capacity),
+        (outputs.recv_count_at, 4 * (num_local if expert_major else num_ranks)),
+        *by_expert,
         (outputs.source_tokens_at, 4 * num_ranks),
         (outputs.positions_at, 4 * capacity * num_topk),
         *([(outputs.weights_at, 4 * capacity * num_topk)] if with_weights else []),

@@ -32,6 +32,7 @@ class Case:
         # What an expert makes of a row: different for each, and rounded, so that the order of sums shows.
         self.factors = 1.0 + 0.37 * (torch.arange(args.experts, device=world.device) % 7)
         self._expect_packed()
+        self._expect_by_source()
         self._expect_combined()
         away = [int((self.owner == rank).any(1).sum()) for rank in range(args.ranks) if rank != world.rank]
         #: Token rows that the busiest direction of a link of any rank carries, one for each (token, rank).
@@ -60,15 +61,33 @@ class Case:
         )
         self.expert_rows.view(-1, self.args.hidden)[self.used] = outputs
 
+    def _expect_by_source(self) -> None:
+        """What arrives where rows lie by source: index and rows, and the sums that go home."""
+        rank, ranks, tokens = self.world.rank, self.args.ranks, self.tokens
+        x, idx, weights = (torch.stack(self.world.gather_tensor(t)) for t in (self.x, self.idx, self.weights))
+        first = sum(self.sizes[:rank])
+        here = (idx >= first) & (idx < first + self.sizes[rank])
+        shape = (ranks, self.max_tokens, self.args.topk)
+        self.index = torch.full(shape, -1, dtype=torch.int32, device=idx.device)
+        self.index[:, :tokens] = torch.where(here, idx - first, -1).int()
+        self.wanted = (self.index >= 0).any(2)
+        self.recv_by_source = x[self.wanted[:, :tokens]]
+        shape = (ranks, self.max_tokens, self.args.hidden)
+        self.partial_rows = torch.zeros(shape, dtype=torch.bfloat16, device=x.device)
+        self.partial_rows[:, :tokens] = self._partials(x, idx, weights, here)
+
+    def _partials(self, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+        """Weighted sums of what the selected experts make of tokens, where `here`."""
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for k in range(self.args.topk):
+            output = (x.float() * self.factors[idx[..., k], None]).bfloat16().float()
+            total = torch.where(here[..., k, None], total + output * weights[..., k, None], total)
+        return total.bfloat16()
+
     def _expect_combined(self) -> None:
         total = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device)
         for rank in range(self.args.ranks):
-            partial = torch.zeros_like(total)
-            for k in range(self.args.topk):
-                output = (self.x.float() * self.factors[self.idx[:, k], None]).bfloat16().float()
-                term = output * self.weights[:, k, None]
-                partial = torch.where(self.owner[:, k, None] == rank, partial + term, partial)
-            total = total + partial.bfloat16().float()
+            total = total + self._partials(self.x, self.idx, self.weights, self.owner == rank).float()
         self.combined = total.bfloat16()
 
     def row_bytes(self, use_fp8: bool) -> int:
@@ -83,6 +102,13 @@ class Case:
         for got, expected in parts:
             same_bits("packed rows", got.reshape(-1, got.shape[2])[self.used], expected)
         same_bits("src_info", handle[0].reshape(-1, 1)[self.used], self.src_info[:, None])
+
+    def check_dispatch_by_source(self, result: Any, use_fp8: bool) -> None:
+        recv, _, handle = result[:3]
+        same_bits("recv_topk_idx", handle[0].flatten(1), self.index.flatten(1))
+        expected = quantize_1x128(self.recv_by_source) if use_fp8 else (self.recv_by_source,)
+        for got, want in zip(recv if use_fp8 else (recv,), expected, strict=True):
+            same_bits("rows by source", got.contiguous()[self.wanted], want)
 
     def check_combine(self, result: Any) -> None:
         same_bits("combined rows", result[0], self.combined)

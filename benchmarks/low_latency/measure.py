@@ -51,7 +51,8 @@ class Row:
 class Workload:
     """The calls of one buffer on one case, in one format; checked once.
 
-    ``early``: the weights go with the dispatch, and `early_handle` is the handle of such a one.
+    ``early``: the weights go with the dispatch, and `early_handle` is the handle of such a one. `source_handle`: of a
+    dispatch whose rows lie by source.
     """
 
     def __init__(self, buffer: deep_ep.Buffer, case: Case, use_fp8: bool) -> None:
@@ -67,6 +68,11 @@ class Workload:
         case.check_combine(self.combine_hooked())
         case.check_combine(self.combine(self.early_handle))
         case.check_combine(self.combine_hooked(self.early_handle))
+        result = self.dispatch(True, expert_major=False)
+        case.check_dispatch_by_source(result, use_fp8)
+        self.source_handle = result[2]
+        case.check_combine(self.combine_by_source())
+        case.check_combine(self.pair_by_source())
         case.world.barrier()
 
     def dispatch(self, early: bool = False, **options: Any) -> Any:
@@ -103,15 +109,25 @@ class Workload:
     def pair_hooked(self, early: bool = False) -> Any:
         return self.combine_hooked(self.dispatch_hooked(early)[2])
 
-    def graph(self, early: bool) -> Callable[[], None]:
+    def dispatch_by_source(self) -> Any:
+        return self.dispatch(True, expert_major=False)
+
+    def combine_by_source(self, handle: Any = None) -> Any:
+        case = self.case
+        return self.buffer.low_latency_combine(case.partial_rows, case.idx, None, handle or self.source_handle)
+
+    def pair_by_source(self) -> Any:
+        return self.combine_by_source(self.dispatch_by_source()[2])
+
+    def graph(self, pair: Callable[[], Any]) -> Callable[[], None]:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            self.pair(early)
+            pair()
         self.case.world.barrier()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(GRAPH_PAIRS):
-                result = self.pair(early)
+                result = pair()
         graph.replay()
         self.case.check_combine(result)
         self.case.world.barrier()
@@ -125,13 +141,21 @@ class Workload:
             Row("dispatch", "dispatch", self.dispatch, sent, 1),
             Row("combine", "combine", self.combine, back, 1),
             Row("pair", "dispatch + combine", self.pair, sent + back, 2),
+            Row("dispatch_source", "dispatch with weights, rows by source", self.dispatch_by_source, sent, 1),
+            Row("combine_source", "combine, rows by source", self.combine_by_source, back, 1),
+            Row("pair_source", "dispatch + combine, rows by source", self.pair_by_source, sent + back, 2),
         ]
         if self.buffer.engine == "cuda":
-            for early, key, name in (
-                (False, "pair_graph", "dispatch + combine in a CUDA graph"),
-                (True, "pair_graph_weights", "dispatch + combine, weights at dispatch, in a CUDA graph"),
+            for pair, key, name in (
+                (self.pair, "pair_graph", "dispatch + combine in a CUDA graph"),
+                (
+                    lambda: self.pair(True),
+                    "pair_graph_weights",
+                    "dispatch + combine, weights at dispatch, in a CUDA graph",
+                ),
+                (self.pair_by_source, "pair_graph_source", "dispatch + combine, rows by source, in a CUDA graph"),
             ):
-                rows.append(Row(key, name, self.graph(early), sent + back, 2, GRAPH_PAIRS, True))
+                rows.append(Row(key, name, self.graph(pair), sent + back, 2, GRAPH_PAIRS, True))
         rows += [
             Row("dispatch_hook", "dispatch, receive hook at once", self.dispatch_hooked, sent, 1),
             Row("combine_hook", "combine, receive hook at once", self.combine_hooked, back, 1),

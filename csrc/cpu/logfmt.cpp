@@ -10,28 +10,14 @@
 namespace deep_ep::cpu {
 namespace {
 
-constexpr int64_t kPlainHidden = 512;  // rows that do not divide by this travel plain
-constexpr int64_t kSideBytes = 4;      // bf16 max, bf16 min of a group
+constexpr int64_t kSideBytes = kLogFmtSideBytes;
 constexpr int64_t kGroupBytes = kTile * 10 / 8;
-constexpr float kSmallestMax = 0x1p-90f;  // keeps max / 2^32 a normal float
 
 struct Magnitudes {
     uint16_t max, min;
 };
 
-float widen(uint16_t bits) {
-    const uint32_t word = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-
-int64_t chunk_channels(int64_t hidden) {
-    return hidden % 1024 == 0 ? 1024 : 512;
-}
-
-// Zeros have a code of their own and do not count as smallest. A NaN's bits are above every number's, so a group with
-// one fails `max < 1` and its chunk travels plain.
+// Zeros have a code of their own and do not count as smallest.
 Magnitudes group_magnitudes(const uint16_t* x) {
     uint16_t max = 0, min = 0xFFFF;
     for (int i = 0; i < kTile; ++i) {
@@ -44,17 +30,11 @@ Magnitudes group_magnitudes(const uint16_t* x) {
 }
 
 LogFmtGroup group_range(Magnitudes m) {
-    const float max = widen(m.max);
-    return {max, std::max(widen(m.min), max * 0x1p-32f)};
+    return LogFmtGroup::of(m.max, m.min);
 }
 
-// The only thing that decides a chunk's form: sender and receiver both read it from the magnitudes.
 bool chunk_is_cast(const Magnitudes* groups, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        const LogFmtGroup range = group_range(groups[i]);
-        if (!(range.max < 1.0f && range.max >= kSmallestMax && range.min < range.max)) return false;
-    }
-    return true;
+    return std::all_of(groups, groups + count, [](Magnitudes m) { return group_range(m).can_be_cast(); });
 }
 
 // 16 codes of 10 bits are 160 bits; four of them are exactly five bytes, lowest bits first.
@@ -78,7 +58,7 @@ void unpack_codes(const uint8_t* in, uint16_t* codes) {
 // Walks one encoded row; `groups` receives its magnitudes. Returns its bytes, or -1 if `available` is too few.
 int64_t read_row_header(const uint8_t* row, int64_t available, int64_t hidden,
                         std::vector<Magnitudes>& groups) {
-    const int64_t num_groups = hidden / kTile, per_chunk = chunk_channels(hidden) / kTile;
+    const int64_t num_groups = hidden / kTile, per_chunk = logfmt_chunk(hidden) / kTile;
     const int64_t side_bytes = num_groups * kSideBytes;
     if (available < side_bytes) return -1;
     groups.resize(static_cast<size_t>(num_groups));
@@ -90,22 +70,18 @@ int64_t read_row_header(const uint8_t* row, int64_t available, int64_t hidden,
     return bytes <= available ? bytes : -1;
 }
 
-bool travels_plain(int64_t hidden) {
-    return hidden % kPlainHidden != 0;
-}
-
 }  // namespace
 
 int64_t logfmt_max_bytes(int64_t num_rows, int64_t hidden) {
-    return num_rows * (2 * hidden + (travels_plain(hidden) ? 0 : hidden / kTile * kSideBytes));
+    return num_rows * (2 * hidden + (logfmt_travels_plain(hidden) ? 0 : hidden / kTile * kSideBytes));
 }
 
 int64_t logfmt_encode(const uint16_t* x, int64_t num_rows, int64_t hidden, uint8_t* out) {
-    if (travels_plain(hidden)) {
+    if (logfmt_travels_plain(hidden)) {
         std::memcpy(out, x, static_cast<size_t>(num_rows * hidden * 2));
         return num_rows * hidden * 2;
     }
-    const int64_t num_groups = hidden / kTile, per_chunk = chunk_channels(hidden) / kTile;
+    const int64_t num_groups = hidden / kTile, per_chunk = logfmt_chunk(hidden) / kTile;
     // Sizes first, so that rows can be written in parallel, each to its place.
     std::vector<Magnitudes> groups(static_cast<size_t>(num_rows * num_groups));
     std::vector<int64_t> ends(static_cast<size_t>(num_rows));
@@ -148,7 +124,7 @@ int64_t logfmt_encode(const uint16_t* x, int64_t num_rows, int64_t hidden, uint8
 }
 
 int64_t logfmt_count_rows(const uint8_t* payload, int64_t bytes, int64_t hidden) {
-    if (travels_plain(hidden)) return bytes % (2 * hidden) == 0 ? bytes / (2 * hidden) : -1;
+    if (logfmt_travels_plain(hidden)) return bytes % (2 * hidden) == 0 ? bytes / (2 * hidden) : -1;
     std::vector<Magnitudes> groups;
     int64_t rows = 0;
     for (int64_t at = 0; at < bytes; ++rows) {
@@ -160,11 +136,11 @@ int64_t logfmt_count_rows(const uint8_t* payload, int64_t bytes, int64_t hidden)
 }
 
 void logfmt_decode(const uint8_t* payload, int64_t num_rows, int64_t hidden, uint16_t* out) {
-    if (travels_plain(hidden)) {
+    if (logfmt_travels_plain(hidden)) {
         std::memcpy(out, payload, static_cast<size_t>(num_rows * hidden * 2));
         return;
     }
-    const int64_t num_groups = hidden / kTile, per_chunk = chunk_channels(hidden) / kTile;
+    const int64_t num_groups = hidden / kTile, per_chunk = logfmt_chunk(hidden) / kTile;
     std::vector<Magnitudes> groups;
     std::vector<int64_t> begins(static_cast<size_t>(num_rows));
     int64_t at = 0;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "layout/fp8_format.h"
+#include "layout/logfmt_format.h"
 
 namespace deep_ep::cpu {
 
@@ -37,11 +38,6 @@ struct TransposeTile {
 };
 
 constexpr int kTransposeChannels = 64;
-
-// Magnitudes that the codes of 128 channels span; both normal floats, min < max < 1 (see logfmt.h).
-struct LogFmtGroup {
-    float max, min;
-};
 
 struct RowLoops {
     const char* name;

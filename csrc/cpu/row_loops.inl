@@ -425,64 +425,38 @@ static void reduce_row(const ReduceRow& args) {
 
 // ---- LogFMT ----
 
-// log2 of positive normal values: exponent plus a polynomial of atanh in (m - 1) / (m + 1) with m in [sqrt(1/2), sqrt(2)).
-// Error below 2^-22 in absolute terms, far below half a step (a step is 2^-4 at most but never below about 2^-16 here).
-DEEP_EP_INLINE F32 log2_of(F32 v) {
-    const U32 bits = (U32)v;
-    const U32 shifted = bits - 0x3F3504F3u;  // so that the exponent changes at sqrt(1/2)
-    const I32 exponent = (I32)shifted >> 23;
-    const F32 m = (F32)(bits - ((U32)exponent << 23));
-    const F32 s = (m - 1.0f) / (m + 1.0f);
-    const F32 s2 = s * s;
-    const F32 series =
-        s * (2.8853900817779268f +
-             s2 * (0.9617966939259756f + s2 * (0.5770780163555854f + s2 * 0.4121985831111324f)));
-    return __builtin_convertvector(exponent, F32) + series;
+DEEP_EP_INLINE U32 bits_of(F32 v) {
+    return (U32)v;
+}
+DEEP_EP_INLINE F32 float_of(U32 v) {
+    return (F32)v;
+}
+DEEP_EP_INLINE I32 signed_of(U32 v) {
+    return (I32)v;
+}
+DEEP_EP_INLINE U32 unsigned_of(I32 v) {
+    return (U32)v;
+}
+DEEP_EP_INLINE F32 to_float(I32 v) {
+    return __builtin_convertvector(v, F32);
+}
+DEEP_EP_INLINE I32 to_int(F32 v) {
+    return __builtin_convertvector(v, I32);
 }
 
-// 2^v for v in (-126, 1): a Taylor series around the nearest integer, relative error below 2^-22.
-DEEP_EP_INLINE F32 exp2_of(F32 v) {
-    const F32 shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const F32 whole = (v + shift) - shift;
-    const F32 t = (v - whole) * 0.6931471805599453f;
-    const F32 p =
-        1.0f + t * (1.0f + t * (0.5f + t * (0.16666667f +
-                                            t * (0.041666668f + t * (0.008333334f + t * 0.0013888889f)))));
-    const I32 exponent = __builtin_convertvector(whole, I32);
-    return (F32)((U32)p + ((U32)exponent << 23));
-}
+#include "layout/logfmt_math.inl"
 
 static void logfmt_encode_group(const uint16_t* x, LogFmtGroup group, uint16_t* codes) {
-    const F32 log_min = log2_of(splat(group.min));
-    const F32 step = (log2_of(splat(group.max)) - log_min) / 510.0f;
-    // Between codes k and k + 1 lie values v and v * r, r = 2^step. Their linear midpoint v * (1 + r) / 2 sits at
-    // log2((1 + r) / 2) / step of the way in log2, which is where a value starts to round up.
-    const F32 ratio = exp2_of(step);
-    const F32 midpoint = log2_of((ratio + 1.0f) * 0.5f) / step;
-    const F32 half_min = splat(group.min * 0.5f);
+    const LogFmtEncoder encoder = logfmt_encoder(group);
     for (int i = 0; i < kTile; i += kLanes) {
-        const U32 bits = widen_lanes(load<U16>(x + i));
-        const F32 magnitude = (F32)((bits & 0x7FFFu) << 16);
-        const F32 position = (log2_of(magnitude) - log_min) / step + (1.0f - midpoint);
-        // Clamped before the conversion, so that zeros (whose logarithm means nothing here) stay in range.
-        F32 bounded = position > 0.0f ? position : F32{};
-        bounded = bounded < 510.0f ? bounded : splat(510.0f);
-        const U32 code =
-            (U32) __builtin_convertvector(bounded, I32) + 1u;  // conversion truncates: floor for positives
-        const U32 kept = code & (U32)(magnitude > half_min);
-        store(codes + i, narrow_to_u16(kept | ((bits & 0x8000u) >> 6)));
+        store(codes + i, narrow_to_u16(logfmt_code(widen_lanes(load<U16>(x + i)), encoder)));
     }
 }
 
 static void logfmt_decode_group(const uint16_t* codes, LogFmtGroup group, uint16_t* x) {
-    const F32 log_min = log2_of(splat(group.min));
-    const F32 step = (log2_of(splat(group.max)) - log_min) / 510.0f;
+    const LogFmtScale scale = logfmt_scale(group);
     for (int i = 0; i < kTile; i += kLanes) {
-        const U32 word = widen_lanes(load<U16>(codes + i));
-        const U32 code = word & 0x1FFu;
-        const F32 position = __builtin_convertvector((I32)code - 1, F32);
-        const U32 value = Bf16::rounded_bits(exp2_of(log_min + position * step)) & (U32)((I32)code > 0);
-        store(x + i, narrow_to_u16(value | ((word & 0x200u) << 6)));
+        Bf16::round_to(x + i, logfmt_value(widen_lanes(load<U16>(codes + i)), scale));
     }
 }
 

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kernels/low_latency_launch.h"
+#include "kernels/low_latency_logfmt.cuh"
 #include "kernels/low_latency_rows.cuh"
 #include "layout/elements.cuh"
 #include "layout/expert_range.h"
@@ -56,7 +57,7 @@ struct Run {
     int num_local;  // experts
     bool begins, ends;
     bool packets;  // rows come as packets, a step each
-    // Weights came with the dispatch.
+    // Weights came with the dispatch, or were applied by the caller.
     bool knows_weights;
     // Rows leave by their positions, before any home was heard. In a send part those for the own tokens leave with them, since
     // x may change before they are summed.
@@ -83,12 +84,13 @@ __device__ __forceinline__ int vector_of(int step, int v) {
     return (step * kVectors + v) * 32 + static_cast<int>(threadIdx.x % 32);
 }
 
-// What dispatch noted of a source's token and its k-th selection, -1 for nothing. num_placed: tokens that it placed.
+// What dispatch noted of a source's token and its k-th selection, below 0 for nothing. num_placed: tokens that it placed.
 __device__ __forceinline__ int32_t position_of(const LowLatencyCombineArgs& args, int source, int num_placed,
                                                int token, int k, int num_local) {
     if (token >= num_placed) return -1;
     const int64_t first = (static_cast<int64_t>(source) * args.num_max_tokens + token) * args.num_topk;
     const int32_t position = args.positions[first + k];
+    if (!args.expert_major) return position;
     const bool is_row = position_row(position) < args.ll.domain.num_ranks * args.num_max_tokens;
     return position_expert(position) < num_local && is_row ? position : -1;
 }
@@ -98,11 +100,14 @@ __device__ __forceinline__ const uint8_t* placed_row(const LowLatencyCombineArgs
     return args.x + (position_expert(position) * capacity + position_row(position)) * args.hidden * 2;
 }
 
-// The row that an expert made of a source's token, null if there is none. position: of that selection; what is noted for
-// another expert, or beyond its rows, does not count.
+// The row that an expert made of a source's token, null if there is none; by source, what all of them made. position: of
+// that selection; what is noted for another expert, or beyond its rows, does not count.
 __device__ const uint8_t* locate(const LowLatencyCombineArgs& args, int source, int token, int expert,
                                  int32_t position) {
     const int num_ranks = args.ll.domain.num_ranks, capacity = num_ranks * args.num_max_tokens;
+    if (!args.expert_major) {
+        return args.x + (static_cast<int64_t>(source) * args.num_max_tokens + token) * args.hidden * 2;
+    }
     if (position >= 0 && position_expert(position) == expert) return placed_row(args, position);
     // A source's rows lie in ascending order of its tokens.
     const int64_t range = args.layout_range[static_cast<int64_t>(expert) * num_ranks + source];
@@ -223,7 +228,7 @@ __device__ void send_selections(const LowLatencyCombineArgs& args, const Combine
     int i = static_cast<int>(threadIdx.x);
     // Loaded one ahead, and the first before anything is waited for.
     int64_t next_expert = i < count ? selection(args, i) : -1;
-    float next_weight = i < count ? args.topk_weights[i] : 0.0f;
+    float next_weight = i < count && !op.knows_weights ? args.topk_weights[i] : 0.0f;
     begin_block(args, op, peers);
     if (const int peer = i; peer < num_ranks && peer != rank && peers.came[peer] == sync::Came::kHere) {
         sync::publish_header(ll, kKind, peer, op.epoch,
@@ -265,8 +270,9 @@ __device__ void meet_peers(const LowLatencyCombineArgs& args, const CombinePlan&
     const int peer = static_cast<int>(threadIdx.x), rank = ll.domain.rank;
     if (peer < ll.domain.num_ranks) {
         sync::Came came = peers.came[peer];
-        const int num_placed = args.positions != nullptr ? args.source_tokens[peer] : 0;
-        peers.num_placed[peer] = min(num_placed, args.num_max_tokens);
+        int num_placed = args.positions != nullptr ? args.num_max_tokens : 0;
+        if (args.source_tokens != nullptr) num_placed = min(num_placed, args.source_tokens[peer]);
+        peers.num_placed[peer] = num_placed;
         peers.num_tokens[peer] = op.sends_early ? peers.num_placed[peer] : 0;
         peers.cut[peer] = plan.cut;
         peers.packets[peer] = op.sends_early && plan.packets;
@@ -358,6 +364,18 @@ __device__ __forceinline__ bool await_selections(const LowLatencyCombineArgs& ar
     return came == sync::Came::kHere;
 }
 
+// Of the lanes that have a row, those whose rows are summed: by source they all have the same one.
+__device__ __forceinline__ unsigned distinct(const LowLatencyCombineArgs& args, unsigned rows) {
+    return args.expert_major ? rows : rows & (0u - rows);
+}
+
+// The weight of a selection whose row is summed before its home was heard. A sum times 1 is what it was.
+__device__ __forceinline__ float known_weight(const LowLatencyCombineArgs& args, int source, int token,
+                                              int k) {
+    if (!args.expert_major) return 1.0f;
+    return args.weights[(static_cast<int64_t>(source) * args.num_max_tokens + token) * args.num_topk + k];
+}
+
 // Sums what this rank's experts made of a token of `home`, and sends one piece of it there.
 __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, const Run& op,
                                              const RowPieces& cut, bool packets, int home, int num_placed,
@@ -372,12 +390,12 @@ __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, 
     if (!op.sends_early) {
         if (!await_selections(args, op, home, token, unsaid, expert, weight)) return;
     } else if (expert >= 0) {
-        weight = args.weights[(static_cast<int64_t>(home) * args.num_max_tokens + token) * args.num_topk + k];
+        weight = known_weight(args, home, token, k);
     }
     if (__ballot_sync(kAllLanes, expert >= 0) == 0) return;
     const uint8_t* row = expert >= 0 ? locate(args, home, token, expert, position) : nullptr;
     // Without a row there is nothing to add, but the home waits for an answer.
-    const unsigned mask = __ballot_sync(kAllLanes, row != nullptr);
+    const unsigned mask = distinct(args, __ballot_sync(kAllLanes, row != nullptr));
     const Steps steps(cut, piece, num_vectors);
 #pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
@@ -398,7 +416,8 @@ __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, 
     unsaid.flag_at = layout.combine_flag(op.set, token, rank, piece);
 }
 
-// Sends one piece of each row that this rank's experts made of a token of `home`, as they are.
+// Sends one piece of each row that this rank's experts made of a token of `home`, as they are or in LogFMT-10.
+template <bool kLogFmt>
 __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args, const Run& op,
                                               const RowPieces& cut, int home, int num_placed, int token,
                                               int piece) {
@@ -412,12 +431,18 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
     UnsaidPiece none;
     if (!op.sends_early && !await_selections(args, op, home, token, none, expert, unused)) return;
     if (expert >= op.num_local) expert = -1;
-    const unsigned rows = __ballot_sync(kAllLanes, expert >= 0);
+    const unsigned rows = distinct(args, __ballot_sync(kAllLanes, expert >= 0));
     if (rows == 0) return;
     const uint8_t* row = expert >= 0 ? locate(args, home, token, expert, position) : nullptr;
     const Steps steps(cut, piece, num_vectors);
     unsigned left = steps.first < steps.end ? rows : 0;
     int step = steps.first;
+    if constexpr (kLogFmt) {
+        logfmt::store_rows(rows, row, steps.first, steps.end, args.hidden, [&](int which) {
+            return ll.region[home] + layout.combine_slot(op.set, token, which);
+        });
+        left = 0;
+    }
 #pragma unroll 1
     while (left != 0) {
         Vec parts[kRowsAhead][kVectors] = {};
@@ -463,7 +488,7 @@ struct Workers {
 
 // The jobs of a worker among those of all homes: pieces of tokens. Each rank begins with another home. Returns the worker's
 // first job beyond them.
-template <bool kSummed>
+template <bool kSummed, bool kLogFmt>
 __device__ int serve_homes(const LowLatencyCombineArgs& args, const Run& op, const Peers& peers,
                            const Workers& workers) {
     int job = workers.index;
@@ -485,7 +510,7 @@ __device__ int serve_homes(const LowLatencyCombineArgs& args, const Run& op, con
                 send_partial(args, op, cut, peers.packets[home], home, peers.num_placed[home], token, piece,
                              unsaid);
             } else {
-                send_unsummed(args, op, cut, home, peers.num_placed[home], token, piece);
+                send_unsummed<kLogFmt>(args, op, cut, home, peers.num_placed[home], token, piece);
             }
         }
         job -= num_jobs;
@@ -580,12 +605,12 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
             if (owner == rank && !op.own_by_slot) {
                 row = locate(args, rank, token, expert - plan.experts.first(rank),
                              position_of(args, rank, num_placed, token, k, op.num_local));
-                weight = args.topk_weights[at];
+                weight = args.expert_major ? args.topk_weights[at] : 1.0f;
             }
         }
     }
     unsigned ranks = __reduce_or_sync(kAllLanes, owner_bit) & here;
-    const unsigned own_rows = __ballot_sync(kAllLanes, row != nullptr);
+    const unsigned own_rows = distinct(args, __ballot_sync(kAllLanes, row != nullptr));
     auto* out = reinterpret_cast<Vec*>(args.out + static_cast<int64_t>(token) * args.hidden * 2);
     const Steps steps(plan.cut, piece, num_vectors);
 #pragma unroll 1
@@ -629,6 +654,7 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
 }
 
 // Sums one piece of an own token from the experts' rows. False after a failure.
+template <bool kLogFmt>
 __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, const CombinePlan& plan,
                                              const Run& op, unsigned here, int token, int piece,
                                              const Peers& peers) {
@@ -644,7 +670,7 @@ __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, 
         const int expert = existing(args, selection(args, at));
         if (expert >= 0) {
             owner = plan.experts.owner(expert);
-            weight = args.topk_weights[at];
+            weight = args.expert_major ? args.topk_weights[at] : 1.0f;
             if (owner == rank && !op.own_by_slot) {
                 row = locate(args, rank, token, expert - plan.experts.first(rank),
                              position_of(args, rank, num_placed, token, k, op.num_local));
@@ -652,6 +678,10 @@ __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, 
                 row = ll.region[rank] + layout.combine_slot(op.set, token, k);
             }
         }
+    }
+    if (kLogFmt && !args.expert_major) {
+        const unsigned same_rank = __match_any_sync(kAllLanes, owner);
+        if (k != __ffs(same_rank) - 1) row = nullptr;
     }
     const bool travels = row != nullptr && (owner != rank || op.own_by_slot);
 #pragma unroll 1
@@ -664,12 +694,32 @@ __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, 
     }
     const unsigned rows = __ballot_sync(kAllLanes, row != nullptr);
     const unsigned ranks = __reduce_or_sync(kAllLanes, row != nullptr ? 1u << owner : 0u);
+    const unsigned travelled = kLogFmt ? __ballot_sync(kAllLanes, travels) : 0u;
     auto* out = reinterpret_cast<Vec*>(args.out + static_cast<int64_t>(token) * args.hidden * 2);
     const Steps steps(plan.cut, piece, num_vectors);
 #pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
         float sum[kVectors][kPerVector] = {};
-        if (args.sum_at_home) {
+        if constexpr (kLogFmt) {
+            // All at once or by their ranks, from one place: the code is large.
+#pragma unroll 1
+            for (unsigned left = args.sum_at_home ? 1u : ranks; left != 0; left &= left - 1) {
+                const unsigned of_rank = __ballot_sync(kAllLanes, owner == __ffs(left) - 1);
+                float partial[kVectors][kPerVector] = {};
+                logfmt::add_rows(partial, args.sum_at_home ? rows : rows & of_rank, travelled, row, weight,
+                                 step, args.hidden);
+                VectorRounder<Bf16, kPerVector> rounder;
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v) {
+                    if (args.sum_at_home) {
+#pragma unroll
+                        for (int c = 0; c < kPerVector; ++c) sum[v][c] = partial[v][c];
+                    } else {
+                        add_vector(sum[v], rounder.round(partial[v]));
+                    }
+                }
+            }
+        } else if (args.sum_at_home) {
             add_weighted(sum, rows, row, weight, step, num_vectors);
         } else {
 #pragma unroll 1
@@ -687,7 +737,7 @@ __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, 
     return true;
 }
 
-template <bool kSummed>
+template <bool kSummed, bool kLogFmt>
 __device__ void serve_own_tokens(const LowLatencyCombineArgs& args, const CombinePlan& plan, const Run& op,
                                  const Peers& peers, const Workers& workers) {
     const int lane = static_cast<int>(threadIdx.x % 32);
@@ -702,7 +752,7 @@ __device__ void serve_own_tokens(const LowLatencyCombineArgs& args, const Combin
         if constexpr (kSummed) {
             goes_on = sum_partials(args, plan, op, here, token, piece, peers);
         } else {
-            goes_on = sum_unsummed(args, plan, op, here, token, piece, peers);
+            goes_on = sum_unsummed<kLogFmt>(args, plan, op, here, token, piece, peers);
         }
     }
 }
@@ -714,8 +764,9 @@ __device__ __forceinline__ int own_warps(int num_ranks) {
 
 // kSummed: a rank sums what its own experts made of a token before it sends one row. For that it needs the weights, which
 // come from the token's home; so where rows are sent before anything can be awaited they travel one by one, as they do
-// where the home sums them all.
-template <bool kSummed>
+// where the home sums them all, or where they travel in LogFMT-10 (kLogFmt), which codes the experts' rows, own ones too.
+// Rows by source are sums already.
+template <bool kSummed, bool kLogFmt = false>
 __global__ void __launch_bounds__(kNumThreads, 1)
     low_latency_combine(const __grid_constant__ LowLatencyCombineArgs args,
                         const __grid_constant__ CombinePlan plan) {
@@ -728,7 +779,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     op.begins = plan.part != LowLatencyPart::kReceive;
     op.ends = plan.part != LowLatencyPart::kSend;
     op.packets = plan.packets;
-    op.knows_weights = kSummed && args.weights != nullptr;
+    op.knows_weights = !args.expert_major || (kSummed && args.weights != nullptr);
     op.sends_early = op.knows_weights || (plan.part == LowLatencyPart::kSend && has_positions);
     op.own_by_slot = plan.part != LowLatencyPart::kWhole && has_positions;
     op.num_local = plan.experts.count(ll.domain.rank);
@@ -749,14 +800,15 @@ __global__ void __launch_bounds__(kNumThreads, 1)
         plan.part == LowLatencyPart::kReceive ? !has_positions : op.ends || op.sends_early;
     // Where rows keep the link busy for long, some warps sum own tokens meanwhile. Else all send first, and the jobs of the
     // sums go to the warps that are free.
-    const int num_own_warps = sends_here && op.ends && !op.packets ? own_warps(ll.domain.num_ranks) : 0;
+    const bool is_long = !op.packets && !kLogFmt;  // codes take the warps longer than the link
+    const int num_own_warps = sends_here && op.ends && is_long ? own_warps(ll.domain.num_ranks) : 0;
     const bool is_own = warp < num_own_warps;
     Workers workers{};
     workers.index = static_cast<int>(blockIdx.x) + (is_own ? warp : warp - num_own_warps) * num_blocks;
     workers.count = (is_own ? num_own_warps : kNumWarps - num_own_warps) * num_blocks;
-    if (sends_here && !is_own) workers.index = serve_homes<kSummed>(args, op, peers, workers);
+    if (sends_here && !is_own) workers.index = serve_homes<kSummed, kLogFmt>(args, op, peers, workers);
     if (!op.ends) return;
-    if (is_own || num_own_warps == 0) serve_own_tokens<kSummed>(args, plan, op, peers, workers);
+    if (is_own || num_own_warps == 0) serve_own_tokens<kSummed, kLogFmt>(args, plan, op, peers, workers);
     if (!is_leader()) return;
     __syncthreads();
     if (threadIdx.x == 0) sync::note_received(ll, kKind, op.epoch);
@@ -779,6 +831,7 @@ unsigned num_blocks(const LowLatencyCombineArgs& args, const RowPieces& cut, int
 void prepare_low_latency_combine() {
     load_kernel(low_latency_combine<false>, "low_latency_combine");
     load_kernel(low_latency_combine<true>, "low_latency_combine");
+    load_kernel(low_latency_combine<false, true>, "low_latency_combine");
 }
 
 void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPart part, int num_sms,
@@ -787,10 +840,15 @@ void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPa
     constexpr auto* kName = "low_latency_combine";
     check_limit(args.num_topk, args.ll.layout.num_topk, kName, "the number of selections of a token");
     check_limit(args.num_tokens, args.num_max_tokens, kName, "the number of tokens");
-    check_limit(2 * static_cast<int64_t>(args.hidden), args.ll.layout.slot_bytes, kName, "the size of a row");
+    const int64_t row_bytes = 2 * static_cast<int64_t>(args.hidden);
+    // Rows that travel plain altogether need nothing of it.
+    args.use_logfmt = args.use_logfmt && !logfmt_travels_plain(args.hidden);
+    const int64_t side_bytes = args.use_logfmt ? args.hidden / kTile * kLogFmtSideBytes : 0;
+    check_limit(row_bytes + side_bytes, args.ll.layout.slot_bytes, kName, "the size of a row");
     check_limit(args.num_max_tokens, args.ll.layout.num_max_tokens, kName, "the largest number of tokens");
-    if (args.use_logfmt)
-        throw std::invalid_argument("deep_ep: low_latency_combine: rows travel as bf16 only");
+    if (!args.expert_major && (args.sum_at_home || args.positions == nullptr))
+        throw std::invalid_argument(
+            "deep_ep: low_latency_combine: rows by source need positions, and are sums already");
     const auto plan_of = [&](bool packets, const RowPieces& cut) {
         return CombinePlan{part,
                            may_overlap(args.ll.domain, num_sms),
@@ -801,14 +859,18 @@ void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPa
                            SmallDivider::of(cut.count)};
     };
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    const int64_t row_bytes = 2 * static_cast<int64_t>(args.hidden);
     const int num_peers = std::max(args.ll.domain.num_ranks - 1, 1);
     const int num_packet_tokens = args.ll.layout.packet_tokens;
     if (num_packet_tokens > 0)
         check_limit(by_steps(args.hidden).count * kPacketStepBytes, args.ll.layout.packet_row_bytes, kName,
                     "a row in packets");
     // Packets take half as much again on the link, and arrive sooner. Pieces are so short that each warp gets one.
-    if (args.weights != nullptr && !args.sum_at_home) {
+    if (args.use_logfmt) {
+        args.weights = nullptr;
+        const RowPieces cut = logfmt::cut_row(args.hidden, kPiecesWanted / std::max(args.num_max_tokens, 1));
+        launch_early(low_latency_combine<false, true>, num_blocks(args, cut, num_sms), kNumThreads, 0,
+                     cuda_stream, kName, args, plan_of(false, cut));
+    } else if (!args.expert_major || (args.weights != nullptr && !args.sum_at_home)) {
         // All ranks cut alike without having heard of each other.
         const bool packets = args.num_max_tokens <= num_packet_tokens;
         const auto rows = static_cast<int64_t>(args.num_max_tokens) * num_peers;

@@ -121,7 +121,8 @@ __device__ __forceinline__ void send_entry(const LowLatencyDispatchArgs& args, c
     int32_t entry = -1;
     if (expert >= 0) {
         owner = experts.owner(expert);
-        entry = pack_entry(expert - experts.first(owner), static_cast<int>(chunk.ordinal(expert, token)));
+        const uint32_t ordinal = args.expert_major ? chunk.ordinal(expert, token) : 0;
+        entry = pack_entry(expert - experts.first(owner), static_cast<int>(ordinal));
     }
     const int set = set_of(block.epoch);
     const int64_t at = ll.layout.dispatch_entries(set, ll.domain.rank) + i * 8;
@@ -158,7 +159,7 @@ __device__ __forceinline__ Index kept_at(const Index (&kept)[kKept], int j) {
 }
 
 // By one block: tells each peer how many tokens there are, the counts of its experts, and for each selection the number of
-// the token among those for the same expert.
+// the token among those for the same expert. Where rows lie by source nothing has to be counted.
 template <class Index>
 __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan& plan, BlockState& block,
                          uint32_t* scratch) {
@@ -166,6 +167,7 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
     const int num_experts = args.num_experts, num_topk = args.num_topk,
               thread = static_cast<int>(threadIdx.x);
     const Chunk chunk{num_experts, scratch, scratch + num_experts};
+    const int num_counted = args.expert_major ? num_experts : 0;
     const int chunk_tokens = 32 * plan.chunk_words;
 #pragma unroll 1
     for (int first = 0; first == 0 || first < args.num_tokens; first += chunk_tokens) {
@@ -179,10 +181,10 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
             kept[j] = i < num_selections ? selection<Index>(args, base + i) : Index{-1};
         }
 #pragma unroll 1
-        for (int i = thread; i < num_words * num_experts; i += kNumThreads) chunk.bits[i] = 0;
+        for (int i = thread; i < num_words * num_counted; i += kNumThreads) chunk.bits[i] = 0;
         if (first == 0) {
 #pragma unroll 1
-            for (int e = thread; e < num_experts; e += kNumThreads) chunk.before[e] = 0;
+            for (int e = thread; e < num_counted; e += kNumThreads) chunk.before[e] = 0;
             if (thread < 32) begin_block(ll, block);
         }
         __syncthreads();
@@ -196,7 +198,7 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
         for (int i = thread, j = 0; i < num_selections; i += kNumThreads, ++j) {
             const Index given = j < kKept ? kept_at(kept, j) : selection<Index>(args, base + i);
             const int expert = existing(args, given);
-            if (expert >= 0) chunk.add(expert, plan.by_topk.quotient(i));
+            if (expert >= 0 && args.expert_major) chunk.add(expert, plan.by_topk.quotient(i));
             if (expert < 0 && given != -1) bad = i;
         }
         if (bad >= 0) {
@@ -206,7 +208,7 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
         }
         __syncthreads();
         const bool is_last = first + chunk_tokens >= args.num_tokens;
-        if (is_last) send_counts(args, plan.experts, block, chunk, num_words);
+        if (is_last && args.expert_major) send_counts(args, plan.experts, block, chunk, num_words);
 #pragma unroll 1
         for (int i = thread, j = 0; i < num_selections; i += kNumThreads, ++j) {
             const Index given = j < kKept ? kept_at(kept, j) : selection<Index>(args, base + i);
@@ -216,7 +218,7 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
         if (is_last) return;
         __syncthreads();
 #pragma unroll 1
-        for (int e = thread; e < num_experts; e += kNumThreads) chunk.before[e] = chunk.count(e, num_words);
+        for (int e = thread; e < num_counted; e += kNumThreads) chunk.before[e] = chunk.count(e, num_words);
         __syncthreads();
     }
 }
@@ -407,10 +409,10 @@ __device__ __forceinline__ void agree(const LowLatencyDispatchArgs& args, const 
 // What says where the rows lie, and turns the table's counts into what lies before. By all threads of a block.
 __device__ void place_rows(const LowLatencyDispatchArgs& args, const BlockState& block, int num_local,
                            uint32_t* table) {
-    const int num_ranks = args.ll.domain.num_ranks;
+    const int num_ranks = args.ll.domain.num_ranks, num_placed = args.expert_major ? num_local : 0;
     const bool writes = is_leader();
 #pragma unroll 1
-    for (int e = static_cast<int>(threadIdx.x); e < num_local; e += kNumThreads) {
+    for (int e = static_cast<int>(threadIdx.x); e < num_placed; e += kNumThreads) {
         uint32_t sum = 0;
 #pragma unroll 1
         for (int source = 0; source < num_ranks; ++source) {
@@ -427,7 +429,27 @@ __device__ void place_rows(const LowLatencyDispatchArgs& args, const BlockState&
         args.recv_count[e] = static_cast<int32_t>(sum);
         if (args.recv_stats != nullptr) args.recv_stats[e] += static_cast<int32_t>(sum);
     }
-    if (writes && threadIdx.x < num_ranks) args.source_tokens[threadIdx.x] = block.num_tokens[threadIdx.x];
+    if (writes && threadIdx.x < num_ranks) {
+        const int num_tokens = block.num_tokens[threadIdx.x];
+        args.source_tokens[threadIdx.x] = num_tokens;
+        if (!args.expert_major) args.recv_count[threadIdx.x] = num_tokens;
+    }
+}
+
+// Where rows lie by source: nobody wants the tokens that a source does not have. By all threads of the grid.
+__device__ __forceinline__ void clear_unused(const LowLatencyDispatchArgs& args, const BlockState& block) {
+    const int num_threads = static_cast<int>(gridDim.x) * kNumThreads;
+    const int64_t num_selections = static_cast<int64_t>(args.num_max_tokens) * args.num_topk;
+#pragma unroll 1
+    for (int source = 0; source < args.ll.domain.num_ranks; ++source) {
+        int64_t i = block.num_tokens[source] * args.num_topk +
+                    static_cast<int>(blockIdx.x * kNumThreads + threadIdx.x);
+#pragma unroll 1
+        for (; i < num_selections; i += num_threads) {
+            args.positions[source * num_selections + i] = -1;
+            if (args.weights != nullptr) args.weights[source * num_selections + i] = 0.0f;
+        }
+    }
 }
 
 // Waits for all sources: what they send, and where it goes. By all threads of a block. table [num_ranks, num_local]: where
@@ -437,18 +459,19 @@ __device__ bool await_sources(const LowLatencyDispatchArgs& args, BlockState& bl
     const RowShape shape = RowShape::of(args.hidden, args.use_fp8, args.format);
     bool is_good = true;
     if (threadIdx.x < 32) is_good = await_headers(args, shape, block) != sync::Came::kFailed;
-    is_good = await_counts(args, block, ~0u, num_local, by_local, table) && is_good;
+    if (args.expert_major) is_good = await_counts(args, block, ~0u, num_local, by_local, table) && is_good;
     if (__syncthreads_and(is_good) == 0) return false;
     if (threadIdx.x < 32) agree(args, shape, block);
     __syncthreads();
     const unsigned again = block.present & block.absent;
-    if (again != 0) {
+    if (again != 0 && args.expert_major) {
         if (threadIdx.x == 0) block.absent = 0;
         __syncthreads();
         is_good = await_counts(args, block, again, num_local, by_local, table);
         if (__syncthreads_and(is_good) == 0) return false;
     }
     place_rows(args, block, num_local, table);
+    if (!args.expert_major) clear_unused(args, block);
     __syncthreads();
     return true;
 }
@@ -456,9 +479,14 @@ __device__ bool await_sources(const LowLatencyDispatchArgs& args, BlockState& bl
 // A selection of a source's token that lies with this rank.
 struct Target {
     int32_t entry;  // -1: of another rank
-    int in_expert;  // row among those of the expert
-    int64_t row;    // among the rows of all experts
+    int in_group;   // row among those of the expert, or of the source
+    int64_t row;    // among all rows
 };
+
+// Rows of an expert, or of a source.
+__device__ __forceinline__ int64_t group_rows(const LowLatencyDispatchArgs& args) {
+    return static_cast<int64_t>(args.expert_major ? args.ll.domain.num_ranks : 1) * args.num_max_tokens;
+}
 
 // Waits for the entries of a token, one a lane; none if the source was masked meanwhile. False after a failure.
 __device__ __forceinline__ bool await_entries(const LowLatencyDispatchArgs& args, const BlockState& block,
@@ -478,10 +506,14 @@ __device__ __forceinline__ bool await_entries(const LowLatencyDispatchArgs& args
     if (came == sync::Came::kFailed) return false;
     if (came == sync::Came::kHere && lane < args.num_topk) target.entry = static_cast<int32_t>(word);
     if (target.entry >= 0) {
-        const int expert = entry_expert(target.entry);
-        target.in_expert = static_cast<int>(table[source * num_local + expert]) + entry_ordinal(target.entry);
-        const int64_t capacity = static_cast<int64_t>(ll.domain.num_ranks) * args.num_max_tokens;
-        target.row = expert * capacity + target.in_expert;
+        int group = source;
+        target.in_group = token;
+        if (args.expert_major) {
+            group = entry_expert(target.entry);
+            target.in_group =
+                static_cast<int>(table[source * num_local + group]) + entry_ordinal(target.entry);
+        }
+        target.row = group * group_rows(args) + target.in_group;
     }
     return true;
 }
@@ -501,31 +533,47 @@ __device__ __forceinline__ bool keep_weights(const LowLatencyDispatchArgs& args,
     const bool is_here = target.entry < 0 || try_once();
     const auto came = sync::wait_by_lanes(ll, kKind, Phase::kPushed, source, block.epoch, is_here, try_once);
     if (came == sync::Came::kFailed) return false;
-    if (target.entry >= 0) {
+    if (lane < args.num_topk) {
+        const bool counts = target.entry >= 0 && came == sync::Came::kHere;
         const int64_t row = static_cast<int64_t>(source) * args.num_max_tokens + token;
-        args.weights[row * args.num_topk + lane] = __uint_as_float(static_cast<uint32_t>(word));
+        args.weights[row * args.num_topk + lane] =
+            counts ? __uint_as_float(static_cast<uint32_t>(word)) : 0.0f;
     }
     return true;
 }
 
-// Writes a step to the rows of all lanes' targets.
+// Adds a token to the statistics of its experts, where no counts tell: once to each, however often it names it.
+__device__ __noinline__ void count_token(int32_t* recv_stats, int32_t entry) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    bool is_first = entry >= 0;
+#pragma unroll 1
+    for (int before = 0; before < 32; ++before) {
+        const int32_t other = __shfl_sync(kAllLanes, entry, before);
+        is_first = is_first && (before >= lane || other != entry);
+    }
+    if (is_first) atomicAdd(&recv_stats[entry_expert(entry)], 1);
+}
+
+// Writes a step to the rows of all lanes' targets. By source they are one row.
 __device__ __forceinline__ void fan_out(const LowLatencyDispatchArgs& args, const RowShape& shape,
                                         const RowStep& what, const Target& target, int step) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    const int64_t capacity = static_cast<int64_t>(args.ll.domain.num_ranks) * args.num_max_tokens;
+    const int64_t capacity = group_rows(args);
+    unsigned left = __ballot_sync(kAllLanes, target.entry >= 0);
+    if (!args.expert_major) left &= 0u - left;
 #pragma unroll 1
-    for (unsigned left = __ballot_sync(kAllLanes, target.entry >= 0); left != 0; left &= left - 1) {
+    for (; left != 0; left &= left - 1) {
         const int k = __ffs(left) - 1;
         const int64_t to = __shfl_sync(kAllLanes, target.row, k);
-        const int64_t in_its_expert = __shfl_sync(kAllLanes, target.in_expert, k);
-        const int64_t first_scale = (to - in_its_expert) * shape.scale_words + in_its_expert;
+        const int64_t in_its_group = __shfl_sync(kAllLanes, target.in_group, k);
+        const int64_t first_scale = (to - in_its_group) * shape.scale_words + in_its_group;
         store_step(what, args.rows + to * shape.num_bytes, args.scales + first_scale, capacity, shape, step,
                    lane);
     }
 }
 
-// Copies each piece that has come to the rows of the experts that want it. A warp a piece. Rows of a rank that is masked
-// meanwhile are zeros, since the ranges count them.
+// Copies each piece that has come to the rows of the experts that want it, or to its one row. A warp a piece. Rows of a rank
+// that is masked meanwhile are zeros, since ranges or positions count them.
 template <bool kFp8>
 __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchPlan& plan,
                              const BlockState& block, int num_local, const uint32_t* table) {
@@ -597,12 +645,14 @@ __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchP
             fan_out(args, shape, what, target, step);
         }
         if (piece != 0) continue;
-        if (target.entry >= 0) args.src_info[target.row] = token;
+        if (args.expert_major && target.entry >= 0) args.src_info[target.row] = token;
         if (lane < num_topk) {
             const int64_t at = (static_cast<int64_t>(source) * args.num_max_tokens + token) * num_topk + lane;
+            const int expert = target.entry < 0 ? -1 : entry_expert(target.entry);
             args.positions[at] =
-                target.entry < 0 ? -1 : pack_position(entry_expert(target.entry), target.in_expert);
+                expert < 0 || !args.expert_major ? expert : pack_position(expert, target.in_group);
         }
+        if (!args.expert_major && args.recv_stats != nullptr) count_token(args.recv_stats, target.entry);
         if (args.weights != nullptr && !keep_weights(args, block, source, token, target)) return;
     }
 }
@@ -721,9 +771,9 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
         static_cast<int>(std::clamp<int64_t>((num_tokens + 31) / 32, 1, std::max<int64_t>(most_words, 1)));
     const ExpertMap experts = ExpertMap::of(args.num_experts, static_cast<int>(num_ranks));
     const int num_local = experts.count(args.ll.domain.rank);
-    const size_t shared_bytes =
-        sizeof(uint32_t) *
+    const int64_t num_words =
         std::max<int64_t>(static_cast<int64_t>(args.num_experts) * (1 + chunk_words), num_ranks * num_local);
+    const size_t shared_bytes = args.expert_major ? sizeof(uint32_t) * num_words : 0;
     launch_early(kernel_of(args.use_fp8, args.topk_is_int64), static_cast<unsigned>(num_blocks), kNumThreads,
                  shared_bytes, static_cast<cudaStream_t>(stream), name, args,
                  DispatchPlan{part, may_overlap(args.ll.domain, num_sms), packets, pieces, num_senders,

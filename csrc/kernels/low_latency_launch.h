@@ -16,6 +16,9 @@ void prepare_low_latency_combine();
 enum class LowLatencyPart : int { kWhole = 0, kSend = 1, kReceive = 2 };
 
 // L local experts, R ranks, M the largest number of tokens of a rank in this call (at most the region's), K selections.
+//
+// expert_major: a received token gets a row for each local expert that it selected, packed by expert. Else it gets one row,
+// that of (source, token), and positions tells which experts want it.
 struct LowLatencyDispatchArgs {
     LowLatencyDomain ll;
     uint64_t signature;
@@ -31,17 +34,21 @@ struct LowLatencyDispatchArgs {
     int hidden;          // multiple of 8, with FP8 of 128
     bool use_fp8;
     ScaleFormat format;
-    // What it receives.
+    bool expert_major;
+    // What it receives. By source instead of by expert: rows [R, M, hidden], scales [R, S, M], recv_count [R] as source_tokens,
+    // no src_info and no layout_range.
     uint8_t* rows;           // bf16 or E4M3 [L, R * M, hidden]
     uint32_t* scales;        // [L, S, R * M]: tokens innermost; or null
     int32_t* recv_count;     // [L]
     int32_t* src_info;       // [L, R * M]
     int64_t* layout_range;   // [L, R]: first row << 32 | number
     int32_t* source_tokens;  // [R]: tokens of each source, 0 for one that takes no part
-    int32_t* positions;      // [R, M, K], of the tokens that the sources have: see pack_position
-    float* weights;          // [R, M, K] where positions has a row, or null
-    int32_t* recv_stats;     // [L] to add recv_count to, or null
-    int64_t* wait_stats;     // [R] to add nanoseconds to, or null
+    // [R, M, K], of the tokens that the sources have: see pack_position. By source: the local expert, -1 for none, also for
+    // tokens that a source does not have.
+    int32_t* positions;
+    float* weights;       // [R, M, K] where positions has a row, by source 0 elsewhere; or null
+    int32_t* recv_stats;  // [L] to add the tokens of each expert to, or null
+    int64_t* wait_stats;  // [R] to add nanoseconds to, or null
     uint64_t* ticket;  // of one operation: its epoch, from the send part to the receive part; null for kWhole
 };
 void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyPart part, int num_sms,
@@ -50,11 +57,13 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
 struct LowLatencyCombineArgs {
     LowLatencyDomain ll;
     uint64_t signature;
-    // As a rank with experts, for all homes.
+    bool expert_major;  // of the dispatch
+    // As a rank with experts, for all homes. By source instead of by expert: x [R, M, hidden] of sums, which travel as they are
+    // and leave before any home was heard; neither src_info nor layout_range nor any weights; positions always.
     const uint8_t* x;              // bf16 [L, R * M, hidden]
     const int32_t* src_info;       // [L, R * M], of the dispatch
     const int64_t* layout_range;   // [L, R]
-    const int32_t* source_tokens;  // [R]; null without positions
+    const int32_t* source_tokens;  // [R]; null without positions, and by source where they are not known
     // [R, M, K]; null: rows are looked up in src_info, and leave in the receive part, so x must stay as it is until then.
     const int32_t* positions;
     // [R, M, K] that came with the dispatch, with positions; else null. With it rows are summed and leave before any home was
@@ -69,8 +78,8 @@ struct LowLatencyCombineArgs {
     int num_experts;
     int num_max_tokens;  // M of the dispatch
     int hidden;
-    bool sum_at_home;  // rows travel one by one, and are summed in FP32 in k order
-    bool use_logfmt;
+    bool sum_at_home;     // rows travel one by one, and are summed in FP32 in k order
+    bool use_logfmt;      // on all ranks: rows travel one by one in LogFMT-10, and weights do not count
     uint8_t* out;         // bf16 [num_tokens, hidden]
     int64_t* wait_stats;  // [R] to add nanoseconds to, or null
     uint64_t* ticket;     // as for dispatch

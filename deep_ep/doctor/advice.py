@@ -72,7 +72,7 @@ def choose_engine(software: Software, gpus: Gpus, host: Host) -> EngineChoice:
     if not obstacle:
         reasons = [
             "every GPU here reaches the memory of every other, so kernels move rows between them directly",
-            "CPU tensors, LogFMT and rows that are no multiple of 16 bytes take the portable engine",
+            "CPU tensors and rows that are no multiple of 16 bytes take the portable engine",
         ]
         domain = host.environment.get("DEEP_EP_NVL_DOMAIN", "")
         if domain:

@@ -122,6 +122,7 @@ class LowLatencyKernels:
         recv_stats: Any,
         wait_stats: Any,
         flags: tuple[bool, bool, bool],
+        expert_major: bool,
         with_hook: bool,
     ) -> tuple[Received, ReceiveHook | None] | None:
         """`dispatch` for arguments as they come, if the call is like one before.
@@ -137,7 +138,8 @@ class LowLatencyKernels:
             idx_tokens, num_topk = topk_idx.shape
             with_weights = topk_weights is not None
             scale_format, idx_dtype = _FORMATS[flags], topk_idx.dtype
-            plan = self._plans[hidden, num_topk, idx_dtype, num_max_tokens, num_experts, scale_format, with_weights]
+            layout = (with_weights, expert_major)
+            plan = self._plans[hidden, num_topk, idx_dtype, num_max_tokens, num_experts, scale_format, layout]
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
         index = self.index
@@ -151,7 +153,7 @@ class LowLatencyKernels:
             or not topk_idx.is_contiguous()
             or x.data_ptr() % 16 != 0
             or (with_weights and not is_plain(topk_weights, _FLOAT32, topk_idx.shape, index))
-            or not (recv_stats is None or is_plain(recv_stats, torch.int32, (plan.shape.rows[0],), index))
+            or not (recv_stats is None or is_plain(recv_stats, torch.int32, (plan.shape.num_local,), index))
             or not (wait_stats is None or is_plain(wait_stats, torch.int64, (self.num_ranks,), index))
         ):
             return None
@@ -235,13 +237,13 @@ class LowLatencyKernels:
         x, topk_idx, scale_format = request.x, request.topk_idx, request.scale_format
         num_max, num_experts = request.num_max_tokens, request.num_experts
         hidden, num_topk, idx_dtype = x.shape[1], topk_idx.shape[1], topk_idx.dtype
-        with_weights = request.topk_weights is not None
-        key = (hidden, num_topk, idx_dtype, num_max, num_experts, scale_format, with_weights)
+        layout = (request.topk_weights is not None, request.expert_major)
+        key = (hidden, num_topk, idx_dtype, num_max, num_experts, scale_format, layout)
         plan = self._plans.get(key)
         if plan is None:
             region = self._region_for(RegionShape(num_max, num_topk, num_experts, hidden))
             # All but the dtype of the indices, which is each rank's own affair.
-            agreed = (hidden, num_topk, num_max, num_experts, scale_format, with_weights)
+            agreed = (hidden, num_topk, num_max, num_experts, scale_format, *layout)
             native = _C.LowLatencyDispatchPlan(
                 region.peers,
                 self._queue,
@@ -252,17 +254,17 @@ class LowLatencyKernels:
                 num_max,
                 hidden,
                 -1 if scale_format is None else SCALE_FORMATS[scale_format],
-                with_weights,
+                *layout,
             )
-            shape = self._handle_shape(num_topk, num_max, hidden, num_experts, with_weights)
+            shape = self._handle_shape(num_topk, num_max, hidden, num_experts, *layout)
             plan = dispatch_plan(region, native, shape, self.num_ranks, scale_format, self.device)
             self._plans[key] = plan
         return plan
 
     def _handle_shape(
-        self, num_topk: int, num_max: int, hidden: int, num_experts: int, with_weights: bool
+        self, num_topk: int, num_max: int, hidden: int, num_experts: int, with_weights: bool, expert_major: bool
     ) -> HandleShape:
-        key = (num_topk, num_max, hidden, num_experts, with_weights)
+        key = (num_topk, num_max, hidden, num_experts, with_weights, expert_major)
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shapes[key] = HandleShape.of(*key, self.num_ranks, self.rank)
@@ -279,6 +281,7 @@ class LowLatencyKernels:
         out: Any,
         wait_stats: Any,
         sum_at_home: bool,
+        use_logfmt: bool,
         with_hook: bool,
     ) -> tuple[torch.Tensor, ReceiveHook | None] | None:
         """`combine` for arguments as they come, if the call is like one before and the handle as dispatch returned it.
@@ -291,13 +294,13 @@ class LowLatencyKernels:
             shape, block = getattr(src_info, PLACES)
             sizes = topk_idx.shape
             num_tokens, num_topk = sizes
-            plan = self._combine_plans[shape, topk_idx.dtype, sum_at_home]
+            plan = self._combine_plans[shape, topk_idx.dtype, sum_at_home, use_logfmt]
             index = self.index
             if (
                 num_topk != shape.num_topk
                 or num_tokens > num_max_tokens
                 or (num_max_tokens, hidden, num_experts) != shape.numbers
-                or ranges.data_ptr() != block
+                or (shape.expert_major and ranges.data_ptr() != block)
                 or src_info.data_ptr() != block + shape.src_info_at
                 or x.shape != shape.rows
                 or x.dtype is not _BF16
@@ -306,10 +309,15 @@ class LowLatencyKernels:
                 or not x.is_contiguous()
                 or not topk_idx.is_contiguous()
                 or x.data_ptr() % 16 != 0
-                or topk_weights.shape != sizes
-                or topk_weights.dtype is not _FLOAT32
-                or topk_weights.get_device() != index
-                or not topk_weights.is_contiguous()
+                or (
+                    shape.expert_major
+                    and (
+                        topk_weights.shape != sizes
+                        or topk_weights.dtype is not _FLOAT32
+                        or topk_weights.get_device() != index
+                        or not topk_weights.is_contiguous()
+                    )
+                )
                 or not (wait_stats is None or is_plain(wait_stats, torch.int64, (self.num_ranks,), index))
                 or not (out is None or is_plain(out, _BF16, (num_tokens, hidden), index))
             ):
@@ -332,7 +340,7 @@ class LowLatencyKernels:
                 block + shape.positions_at,
                 block + shape.weights_at if plan.uses_weights else 0,
                 topk_idx,
-                topk_weights,
+                topk_weights if shape.expert_major else None,
                 num_tokens,
                 out,
                 wait_stats,
@@ -351,7 +359,7 @@ class LowLatencyKernels:
         """Send the experts' rows home and sum them into ``request.out``, on the current stream.
 
         Args:
-            request: checked arguments that `serves` accepts, without logfmt; tensors are contiguous.
+            request: checked arguments that `serves` accepts; tensors are contiguous.
             with_hook: only send; the hook returned sums, on the stream that was current here.
 
         Raises:
@@ -363,14 +371,18 @@ class LowLatencyKernels:
         # A copy of src_info has the attribute, but no tables.
         is_original = shape is not None and src_info.data_ptr() == block + shape.src_info_at
         has_tables = is_original and shape.num_topk == topk_idx.shape[1]
-        # Without the tables rows leave in the receive part only, and the caller may write them before.
-        if x.data_ptr() % 16 != 0 or (with_hook and not has_tables):
+        # Without the tables rows leave in the receive part only, and the caller may write them before. By source a copy
+        # of src_info is all that is needed.
+        if x.data_ptr() % 16 != 0 or (with_hook and request.expert_major and not has_tables):
             x = x.clone()
         target = out if out.data_ptr() % 16 == 0 else torch.empty_like(out)
         self._kernels.check()
         plan = self._combine_plan(request, has_tables and shape.with_weights)
         source_tokens = positions = weights = 0
-        if has_tables:
+        if not request.expert_major:
+            positions = src_info.data_ptr()
+            source_tokens = block + shape.source_tokens_at if has_tables else 0
+        elif has_tables:
             source_tokens, positions = block + shape.source_tokens_at, block + shape.positions_at
             weights = block + shape.weights_at if plan.uses_weights else 0
         hook = self._run_combine(
@@ -411,7 +423,7 @@ class LowLatencyKernels:
         positions: int,
         weights: int,
         topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
+        topk_weights: torch.Tensor | None,
         num_tokens: int,
         out: torch.Tensor,
         wait_stats: torch.Tensor | None,
@@ -430,7 +442,7 @@ class LowLatencyKernels:
             positions,
             weights,
             topk_idx.data_ptr(),
-            topk_weights.data_ptr(),
+            0 if topk_weights is None else topk_weights.data_ptr(),
             num_tokens,
             out.data_ptr(),
             0 if wait_stats is None else wait_stats.data_ptr(),
@@ -448,24 +460,28 @@ class LowLatencyKernels:
         """``with_weights``: the handle has those that came with the dispatch."""
         hidden, num_topk, idx_dtype = request.x.shape[2], request.topk_idx.shape[1], request.topk_idx.dtype
         num_max, num_experts = request.num_max_tokens, request.num_experts
-        shape = self._handle_shape(num_topk, num_max, hidden, num_experts, with_weights)
-        key = (shape, idx_dtype, request.sum_at_home)
+        expert_major = request.expert_major
+        shape = self._handle_shape(num_topk, num_max, hidden, num_experts, with_weights, expert_major)
+        key = (shape, idx_dtype, request.sum_at_home, request.use_logfmt)
         plan = self._combine_plans.get(key)
         if plan is None:
             region = self._region_for(RegionShape(num_max, num_topk, num_experts, hidden))
             # A rank that has weights sums before it has heard of the homes: one that asks for rows must be told apart.
-            uses_weights = with_weights and not request.sum_at_home
+            # Rows by source are sums already.
+            uses_weights = with_weights and expert_major and not (request.sum_at_home or request.use_logfmt)
+            agreed = (hidden, num_topk, num_max, num_experts, uses_weights, request.use_logfmt, expert_major)
             native = _C.LowLatencyCombinePlan(
                 region.peers,
                 self._queue,
-                _signature("low_latency_combine", hidden, num_topk, num_max, num_experts, uses_weights),
+                _signature("low_latency_combine", *agreed),
                 num_topk,
                 idx_dtype == torch.int64,
                 num_experts,
                 num_max,
                 hidden,
                 request.sum_at_home,
-                False,
+                request.use_logfmt,
+                expert_major,
             )
             plan = self._combine_plans[key] = CombinePlan(region, native.launch, 2 * hidden, uses_weights)
         return plan

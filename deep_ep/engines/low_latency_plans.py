@@ -35,17 +35,20 @@ class HandleShape:
     """What the handles of a dispatch plan have in common.
 
     Attributes:
-        rows: [L, R * M, H].
+        rows: [L, R * M, H]; where rows lie by source [R, M, H].
         numbers: M, H and E, as a handle carries them.
         with_weights: dispatch brings the weights of the tokens as well.
         src_info_at, source_tokens_at, positions_at, weights_at: where src_info and the tables start in a block, in
-            bytes; layout_range is at 0. Without weights there is no room for theirs.
+            bytes; layout_range is at 0. Without weights there is no room for theirs. By source positions and weights
+            are what the caller gets in place of src_info and layout_range.
     """
 
     rows: torch.Size
     num_topk: int
     numbers: tuple[int, int, int]
     with_weights: bool
+    expert_major: bool
+    num_local: int
     src_info_at: int
     source_tokens_at: int
     positions_at: int
@@ -59,16 +62,20 @@ class HandleShape:
         hidden: int,
         num_experts: int,
         with_weights: bool,
+        expert_major: bool,
         num_ranks: int,
         rank: int,
     ) -> HandleShape:
         num_local = num_local_experts(num_experts, num_ranks, rank)
-        outputs = _C.LowLatencyOutputs(num_local, num_ranks, num_max_tokens, num_topk, with_weights)
+        outputs = _C.LowLatencyOutputs(num_local, num_ranks, num_max_tokens, num_topk, with_weights, expert_major)
+        groups = (num_local, num_ranks * num_max_tokens) if expert_major else (num_ranks, num_max_tokens)
         return cls(
-            torch.Size((num_local, num_ranks * num_max_tokens, hidden)),
+            torch.Size((*groups, hidden)),
             num_topk,
             (num_max_tokens, hidden, num_experts),
             with_weights,
+            expert_major,
+            num_local,
             outputs.src_info_at,
             outputs.source_tokens_at,
             outputs.positions_at,
@@ -121,14 +128,14 @@ def dispatch_plan(
 ) -> DispatchPlan:
     """The plan of dispatches whose handles have this shape."""
     dtype = torch.bfloat16 if scale_format is None else torch.float8_e4m3fn
-    num_local, capacity, hidden = shape.rows
+    num_groups, capacity, hidden = shape.rows
     row_bytes, scales_like = hidden * dtype.itemsize, None
     if scale_format is not None:
         scales_dtype, columns = fp8.scale_columns(hidden, scale_format)
         row_bytes += 4 * columns
         # Stored with tokens innermost, the order in which grouped GEMMs fetch scales.
         strides = (columns * capacity, 1, capacity)
-        scales_like = empty_model((num_local, capacity, columns), strides, scales_dtype, device)
+        scales_like = empty_model((num_groups, capacity, columns), strides, scales_dtype, device)
     return DispatchPlan(
         region,
         native.launch,
@@ -150,7 +157,8 @@ def empty_model(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
 
 
 class HandleTensors:
-    """recv_count, src_info and layout_range of dispatches of one shape, cut from slabs of ordinary memory.
+    """recv_count, src_info and layout_range of dispatches of one shape, cut from slabs of ordinary memory. By source,
+    what a handle has in place of the last two.
 
     Views of a slab are made for many handles at once, which costs a fraction of making each. As with torch's allocator,
     every part belongs to the stream that was current when its slab was made; a slab lives as long as a tensor on it.
@@ -186,16 +194,27 @@ class HandleTensors:
 
     def _cut(self, num_parts: int) -> list[Handle]:
         outputs, num_ranks = self._outputs, self._num_ranks
-        num_local, capacity, _ = self._shape.rows
+        num_groups, capacity, _ = self._shape.rows
         # Made in inference mode they could not be changed outside of it, where the next handles may be used.
         with torch.inference_mode(False):
             words = torch.empty(num_parts * self._part_bytes // 4, dtype=torch.int32, device=self._device)
             part = self._part_bytes // 4
-            counts = words.as_strided((num_parts, num_local), (part, 1), outputs.recv_count_at // 4).unbind()
+            counts = words.as_strided((num_parts, num_groups), (part, 1), outputs.recv_count_at // 4).unbind()
             at = self._shape.src_info_at // 4
-            src_infos = words.as_strided((num_parts, num_local, capacity), (part, capacity, 1), at).unbind()
-            longs = words.view(torch.int64)
-            ranges = longs.as_strided((num_parts, num_local, num_ranks), (part // 2, num_ranks, 1)).unbind()
+            if self._shape.expert_major:
+                src_infos = words.as_strided((num_parts, num_groups, capacity), (part, capacity, 1), at).unbind()
+                longs = words.view(torch.int64)
+                ranges = longs.as_strided((num_parts, num_groups, num_ranks), (part // 2, num_ranks, 1)).unbind()
+            else:
+                num_topk = self._shape.num_topk
+                sizes = (num_parts, num_groups, capacity, num_topk)
+                strides = (part, capacity * num_topk, num_topk, 1)
+                src_infos = words.as_strided(sizes, strides, at).unbind()
+                floats = words.view(torch.float32)
+                if self._shape.with_weights:
+                    ranges = floats.as_strided(sizes, strides, outputs.weights_at // 4).unbind()
+                else:
+                    ranges = floats.as_strided((num_parts, 0), (part, 1)).unbind()
         block = words.data_ptr()
         parts = []
         for count, src_info, layout_range in zip(counts, src_infos, ranges, strict=True):

@@ -1,8 +1,10 @@
 """Low-latency dispatch and combine on the portable engine.
 
 A token goes once to each rank that owns one of its experts, and is fanned out there to its experts' rows, in (source
-rank, source token) order. Combine sends one row for each (token, expert) home, together with the token's index. The
-messages of an operation are exchanged in the call; outputs are written by `finish`, which is the receive hook.
+rank, source token) order. Combine sends one row for each (token, expert) home, together with the token's index. With
+rows by source instead of by expert (``expert_major=False``) a token has one row on each of these ranks, and combine
+sends one row for each (token, rank). The messages of an operation are exchanged in the call; outputs are written by
+`finish`, which is the receive hook.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 
 from .. import fp8, logfmt, ops
 from ..errors import ConfigError
-from ..layout import first_local_expert, num_local_experts, token_in_rank
+from ..layout import expert_to_rank, first_local_expert, num_local_experts, token_in_rank
 from . import protocol
 from .portable import PortableEngine
 from .protocol import ROWS_PHASE, Header, dtype_code
@@ -28,7 +30,8 @@ class LowLatencyDispatch:
     """Checked arguments of one low-latency dispatch.
 
     Attributes:
-        topk_weights: None where they come with the combine only. Sums at home, as here, need them no earlier.
+        topk_weights: None where they come with the combine only. Sums at home, as here, need them no earlier; where
+            rows lie by source they are outputs.
         scale_format: None for bf16 rows, else as in `deep_ep.fp8`.
     """
 
@@ -40,11 +43,13 @@ class LowLatencyDispatch:
     scale_format: fp8.ScaleFormat | None
     recv_stats: torch.Tensor | None
     wait_stats: torch.Tensor | None
+    expert_major: bool = True
 
 
 @dataclass(slots=True, eq=False)
 class LowLatencyOutput:
-    """Tensors of a low-latency dispatch, written by its `finish`."""
+    """Tensors of a low-latency dispatch, written by its `finish`. By source, src_info is recv_topk_idx and layout_range
+    recv_topk_weights."""
 
     rows: torch.Tensor
     scales: torch.Tensor | None
@@ -55,11 +60,16 @@ class LowLatencyOutput:
 
 @dataclass(slots=True, eq=False)
 class LowLatencyCombine:
-    """Checked arguments of one low-latency combine."""
+    """Checked arguments of one low-latency combine.
+
+    Attributes:
+        topk_weights: None only where rows lie by source.
+        src_info, layout_range: of the handle: recv_topk_idx and recv_topk_weights where rows lie by source.
+    """
 
     x: torch.Tensor
     topk_idx: torch.Tensor
-    topk_weights: torch.Tensor
+    topk_weights: torch.Tensor | None
     src_info: torch.Tensor
     layout_range: torch.Tensor
     num_max_tokens: int
@@ -68,6 +78,7 @@ class LowLatencyCombine:
     sum_at_home: bool
     out: torch.Tensor
     wait_stats: torch.Tensor | None
+    expert_major: bool = True
 
 
 def dispatch(
@@ -82,7 +93,7 @@ def dispatch(
     Returns:
         the outputs, and the function that writes them.
     """
-    mesh, num_experts, device = engine.mesh, request.num_experts, request.x.device
+    mesh, num_experts = engine.mesh, request.num_experts
     num_ranks, rank = mesh.size, mesh.rank
     rows, scales = request.x, None
     if request.scale_format is not None:
@@ -92,6 +103,8 @@ def dispatch(
     in_rank[:, sorted(masked)] = False
     tokens = torch.arange(rows.shape[0], dtype=_MARK_DTYPE)[:, None]
     fields = [rows.cpu(), topk_idx, tokens] if scales is None else [rows.cpu(), scales.cpu(), topk_idx, tokens]
+    if not request.expert_major and request.topk_weights is not None:
+        fields.insert(-2, request.topk_weights.cpu())
     table = torch.cat([as_bytes(field) for field in fields], dim=1)
 
     signature = {
@@ -102,6 +115,7 @@ def dispatch(
         "with_topk_weights": int(request.topk_weights is not None),
         "num_experts": num_experts,
         "num_max_dispatch_tokens_per_rank": request.num_max_tokens,
+        "options": int(not request.expert_major),
     }
     send_counts = in_rank.sum(0).tolist()
     header = Header("low_latency_dispatch", num_ranks, signature, num_tokens=rows.shape[0], send_counts=send_counts)
@@ -126,27 +140,80 @@ def dispatch(
     ]
 
     num_local = num_local_experts(num_experts, num_ranks, rank)
-    capacity = num_ranks * request.num_max_tokens
-    output = LowLatencyOutput(
-        rows=torch.zeros((num_local, capacity, rows.shape[1]), dtype=rows.dtype, device=device),
-        # Stored with tokens innermost, the order in which grouped GEMMs fetch scales.
-        scales=None
-        if scales is None
-        else torch.zeros((num_local, scales.shape[1], capacity), dtype=scales.dtype, device=device).transpose(1, 2),
-        count=torch.zeros(num_local, dtype=torch.int32, device=device),
-        src_info=torch.full((num_local, capacity), -1, dtype=torch.int32, device=device),
-        layout_range=torch.zeros((num_local, num_ranks), dtype=torch.int64, device=device),
-    )
+    output = _empty_output(request, rows, scales, num_ranks, num_local)
+    num_tokens = [
+        headers[source].num_tokens if source in headers and source not in masked else 0 for source in range(num_ranks)
+    ]
     waits = torch.tensor(mesh.last_wait_ns, dtype=torch.int64)
+    first_expert = first_local_expert(num_experts, num_ranks, rank)
 
     def finish() -> None:
-        _fan_out(blocks, fields, first_local_expert(num_experts, num_ranks, rank), output)
-        if request.recv_stats is not None:
-            request.recv_stats.add_(output.count)
+        if request.expert_major:
+            _fan_out(blocks, fields, first_expert, output)
+            if request.recv_stats is not None:
+                request.recv_stats.add_(output.count)
+        else:
+            _place_by_source(blocks, fields, first_expert, num_local, output, request)
+            output.count.copy_(torch.tensor(num_tokens, dtype=torch.int32))
         if request.wait_stats is not None:
             request.wait_stats.add_(waits.to(request.wait_stats.device))
 
     return output, finish
+
+
+def _empty_output(
+    request: LowLatencyDispatch, rows: torch.Tensor, scales: torch.Tensor | None, num_ranks: int, num_local: int
+) -> LowLatencyOutput:
+    """Outputs for rows and scales like these; in groups of an expert's rows, or of a source's."""
+    device, num_max = request.x.device, request.num_max_tokens
+    if request.expert_major:
+        groups, capacity = num_local, num_ranks * num_max
+        src_info = torch.full((groups, capacity), -1, dtype=torch.int32, device=device)
+        layout_range = torch.zeros((groups, num_ranks), dtype=torch.int64, device=device)
+    else:
+        groups, capacity = num_ranks, num_max
+        by_selection = (groups, capacity, request.topk_idx.shape[1])
+        src_info = torch.full(by_selection, -1, dtype=torch.int32, device=device)
+        layout_range = torch.zeros(0 if request.topk_weights is None else by_selection, device=device)
+    return LowLatencyOutput(
+        rows=torch.zeros((groups, capacity, rows.shape[1]), dtype=rows.dtype, device=device),
+        # Stored with tokens innermost, the order in which grouped GEMMs fetch scales.
+        scales=None
+        if scales is None
+        else torch.zeros((groups, scales.shape[1], capacity), dtype=scales.dtype, device=device).transpose(1, 2),
+        count=torch.zeros(groups, dtype=torch.int32, device=device),
+        src_info=src_info,
+        layout_range=layout_range,
+    )
+
+
+def _place_by_source(
+    blocks: list[torch.Tensor],
+    fields: list[torch.Tensor],
+    first_expert: int,
+    num_local: int,
+    output: LowLatencyOutput,
+    request: LowLatencyDispatch,
+) -> None:
+    """Write each received token to the row of its source and number."""
+    device = output.rows.device
+    columns = split_records(torch.cat(blocks), fields)
+    rows, local, tokens = columns[0], columns[-2].long() - first_expert, columns[-1][:, 0].long()
+    local = torch.where((local >= 0) & (local < num_local), local, -1)
+    sources = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor([block.shape[0] for block in blocks]))
+    places = (sources.to(device), tokens.to(device))
+    output.src_info[places] = local.to(torch.int32).to(device)
+    # By bytes: indexing knows no FP8.
+    output.rows.view(torch.uint8)[places] = as_bytes(rows).to(device)
+    if output.scales is not None:
+        output.scales[places] = columns[1].to(device)
+    if request.topk_weights is not None:
+        output.layout_range[places] = torch.where(local >= 0, columns[-3], 0.0).to(device)
+    if request.recv_stats is not None:
+        # A token that names an expert twice counts once.
+        hit = torch.zeros((len(tokens), num_local + 1), dtype=torch.int32)
+        hit.scatter_(1, torch.where(local >= 0, local, num_local), 1)
+        request.recv_stats.add_(hit.sum(0, dtype=torch.int32)[:num_local].to(device))
 
 
 def _fan_out(
@@ -185,25 +252,12 @@ def combine(
     mesh = engine.mesh
     num_ranks, rank = mesh.size, mesh.rank
     hidden = request.x.shape[2]
-    layout = request.layout_range.cpu()
-    begins, counts = (layout >> 32).tolist(), (layout & 0xFFFFFFFF).tolist()
-    x, src_info = request.x.cpu(), request.src_info.cpu()
-    first = first_local_expert(request.num_experts, num_ranks, rank)
     peers = [peer for peer in range(num_ranks) if peer != rank and peer not in masked]
     marks: dict[int, torch.Tensor] = {}
     payloads: dict[int, torch.Tensor] = {}
-    for dst in [rank, *peers]:
-        slices = [
-            (expert, slice(begins[expert][dst], begins[expert][dst] + counts[expert][dst]))
-            for expert in range(x.shape[0])
-        ]
-        rows = torch.cat([x[expert, part] for expert, part in slices]) if slices else x.new_empty((0, hidden))
-        tokens = torch.cat([src_info[expert, part] for expert, part in slices]) if slices else src_info.new_empty(0)
-        experts = torch.repeat_interleave(
-            torch.tensor([first + expert for expert, _ in slices], dtype=torch.int64),
-            torch.tensor([counts[expert][dst] for expert, _ in slices], dtype=torch.int64),
-        )
-        marks[dst] = torch.stack([tokens.long(), experts], dim=1).to(torch.int32).contiguous()
+    made = _made_by_experts if request.expert_major else _made_by_rank
+    for dst, (tokens, makers, rows) in made(request, [rank, *peers], num_ranks, rank).items():
+        marks[dst] = torch.stack([tokens.long(), makers.long()], dim=1).to(torch.int32).contiguous()
         payloads[dst] = logfmt.encode(rows) if request.use_logfmt else as_bytes(rows.contiguous()).reshape(-1)
 
     signature = {
@@ -211,7 +265,7 @@ def combine(
         "num_topk": request.topk_idx.shape[1],
         "num_experts": request.num_experts,
         "num_max_dispatch_tokens_per_rank": request.num_max_tokens,
-        "options": int(request.use_logfmt),
+        "options": int(request.use_logfmt) + 2 * int(not request.expert_major),
     }
     header = Header(
         "low_latency_combine",
@@ -247,6 +301,42 @@ def combine(
     return finish
 
 
+#: By home: tokens of that home, what made a row of each (an expert, or a rank), and the rows.
+_Made = dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def _made_by_experts(request: LowLatencyCombine, homes: list[int], num_ranks: int, rank: int) -> _Made:
+    """A row for each (token, local expert)."""
+    layout = request.layout_range.cpu()
+    begins, counts = (layout >> 32).tolist(), (layout & 0xFFFFFFFF).tolist()
+    x, src_info = request.x.cpu(), request.src_info.cpu()
+    first = first_local_expert(request.num_experts, num_ranks, rank)
+    made = {}
+    for dst in homes:
+        slices = [
+            (expert, slice(begins[expert][dst], begins[expert][dst] + counts[expert][dst]))
+            for expert in range(x.shape[0])
+        ]
+        rows = torch.cat([x[expert, part] for expert, part in slices]) if slices else x.new_empty((0, x.shape[2]))
+        tokens = torch.cat([src_info[expert, part] for expert, part in slices]) if slices else src_info.new_empty(0)
+        experts = torch.repeat_interleave(
+            torch.tensor([first + expert for expert, _ in slices], dtype=torch.int64),
+            torch.tensor([counts[expert][dst] for expert, _ in slices], dtype=torch.int64),
+        )
+        made[dst] = (tokens, experts, rows)
+    return made
+
+
+def _made_by_rank(request: LowLatencyCombine, homes: list[int], num_ranks: int, rank: int) -> _Made:
+    """A row for each token that a local expert wants."""
+    x, recv_topk_idx = request.x.cpu(), request.src_info.cpu()
+    made = {}
+    for dst in homes:
+        tokens = (recv_topk_idx[dst] >= 0).any(1).nonzero()[:, 0]
+        made[dst] = (tokens, torch.full_like(tokens, rank), x[dst, tokens])
+    return made
+
+
 def _sum_at_home(
     request: LowLatencyCombine, landed: dict[int, tuple[torch.Tensor, int]], num_ranks: int, masked: set[int]
 ) -> None:
@@ -260,16 +350,20 @@ def _sum_at_home(
         decoded = logfmt.decode(payload, count, hidden) if request.use_logfmt else payload.clone().view(torch.bfloat16)
         rows.append(decoded.view(count, hidden))
     mark, landing = torch.cat(marks).long(), torch.cat(rows)
-    # Where the row of (token, expert) landed.
-    lookup = torch.full((num_tokens * num_experts + 1,), -1, dtype=torch.int32)
-    lookup[mark[:, 0] * num_experts + mark[:, 1]] = torch.arange(len(mark), dtype=torch.int32)
     topk_idx = request.topk_idx.cpu().long()
-    key = torch.arange(num_tokens)[:, None] * num_experts + topk_idx
-    slots = lookup[torch.where(topk_idx >= 0, key, -1)]
-    owner = torch.cat(
-        [torch.full((num_local_experts(num_experts, num_ranks, r),), r, dtype=torch.int64) for r in range(num_ranks)]
-    )
+    if len(mark) > 0 and int(mark[:, 0].max()) >= num_tokens:
+        raise ConfigError(
+            f"low_latency_combine: topk_idx has {num_tokens} tokens, but rows of token {int(mark[:, 0].max())} came "
+            "back; pass the topk_idx of the handle's dispatch"
+        )
+    owner = expert_to_rank(num_experts, num_ranks)
     owners = torch.where(topk_idx >= 0, owner[topk_idx.clamp(min=0)], -1)
+    num_makers, makers = (num_experts, topk_idx) if request.expert_major else (num_ranks, owners)
+    # Where the row of (token, maker) landed.
+    lookup = torch.full((num_tokens * num_makers + 1,), -1, dtype=torch.int32)
+    lookup[mark[:, 0] * num_makers + mark[:, 1]] = torch.arange(len(mark), dtype=torch.int32)
+    key = torch.arange(num_tokens)[:, None] * num_makers + makers
+    slots = lookup[torch.where(makers >= 0, key, -1)]
     missing = (slots < 0) & (topk_idx >= 0)
     for peer in masked:
         missing &= owners != peer
@@ -279,6 +373,12 @@ def _sum_at_home(
             f"low_latency_combine: topk_idx[{token}, {k}] is {int(topk_idx[token, k])}, but no row of that expert "
             "came back for this token; pass the topk_idx of the handle's dispatch (entries may be set to -1)"
         )
+    if request.topk_weights is None or not request.expert_major:
+        # One row a rank, in rank order.
+        in_rank = token_in_rank(topk_idx, num_experts, num_ranks)
+        by_rank = lookup[:-1].view(num_tokens, num_ranks)
+        request.out.copy_(ops.reduce_rows([landing], torch.where(in_rank, by_rank, -1)))
+        return
     weights = request.topk_weights.cpu()
     if not request.sum_at_home:
         # A column for each (rank, k): every rank's partial sum is rounded, then the partials are added in rank order.
