@@ -363,7 +363,8 @@ class Buffer(LowLatencyMixin):
         """Send each token once to every rank that owns one of its experts.
 
         Args:
-            x: [T, H] of any dtype, moved as bytes; or (x of a 1-byte dtype, scales float32 or int32 [T, S]).
+            x: [T, H] of any dtype, moved as bytes; or (x of a 1-byte dtype, scales float32 or int32 [T, S] of any
+                strides, such as tokens innermost: they are read where they lie).
             handle: of an earlier dispatch, to repeat its routing for another x (cached mode): the arguments about
                 layout and top-k must then be left out.
             num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert: the results of
@@ -376,7 +377,7 @@ class Buffer(LowLatencyMixin):
                 four to an int32 (see `deep_ep.fp8`).
 
         Returns:
-            recv_x: like x, [num_recv, H]: ascending source rank, then source token. Scales are contiguous.
+            recv_x: like x, [num_recv, H]: ascending source rank, then source token. Scales are row-major.
             recv_topk_idx: [num_recv, K], local expert index or -1, in the dtype given; None without top-k.
             recv_topk_weights: float32 [num_recv, K], 0 where the index is -1; None without top-k.
             num_recv_tokens_per_expert_list: tokens of each local expert; [] with ``num_worst_tokens``.

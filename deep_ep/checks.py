@@ -1,6 +1,7 @@
 """Argument checks of the public surface. Each raises `ConfigError` saying what was given and what is expected.
 
-What only needs a copy (a non-contiguous tensor) is copied; what cannot be meant (a wrong shape) is refused.
+What only needs a copy (a non-contiguous tensor) is copied; what cannot be meant (a wrong shape) is refused. Scales are
+taken as they lie: both engines read them by their strides.
 """
 
 from __future__ import annotations
@@ -92,7 +93,11 @@ def check_num_experts(value: Any, operation: str) -> int:
 
 
 def check_rows(x: Any, operation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [T, H] of any dtype, or (x of a 1-byte dtype, scales [T, S] float32 or int32 of any strides)."""
+    """x [T, H] of any dtype, or (x of a 1-byte dtype, scales [T, S] float32 or int32 of any strides).
+
+    Returns:
+        contiguous rows; and the scales with the strides given, None without.
+    """
     scales: Any = None
     if isinstance(x, (tuple, list)):
         if len(x) != 2:
@@ -110,7 +115,9 @@ def check_rows(x: Any, operation: str) -> tuple[torch.Tensor, torch.Tensor | Non
             "(pass x alone to send it unscaled)"
         )
     if not (
-        _is_plain_matrix(scales)
+        isinstance(scales, torch.Tensor)
+        and scales.layout is torch.strided
+        and len(scales.shape) == 2
         and scales.dtype in SCALE_DTYPES
         and scales.shape[0] == num_tokens
         and scales.device == rows.device

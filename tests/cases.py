@@ -7,11 +7,13 @@ results travel between processes.
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import reference as ref
 import torch
 from harness import RankContext, expect_bits, run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PAYLOADS = (
     "bf16",
@@ -143,6 +145,41 @@ def make_rows(gen: torch.Generator, payload: str, num_rows: int, hidden: int) ->
         padded[:, :num_rows] = scales.t()
         scales = padded.t()[:num_rows]
     return rows, scales
+
+
+def scale_layouts(num_tokens: int, columns: int) -> dict[str, tuple[int, int, int]]:
+    """Both strides of [T, S] scales and the offset of the first one, in elements, by name; see `laid_out`."""
+    tokens, pick = max(num_tokens, 1), random.Random(num_tokens * 1000 + columns)
+    inner, outer = pick.randint(2, 5), pick.randint(1, 9)
+    return {
+        "row-major": (columns, 1, 0),
+        "row-major, not on 16 bytes": (columns, 1, 1),
+        "column-major": (1, tokens, 0),
+        "column-major, padded": (1, (tokens + 3) // 4 * 4 + 4, 2),
+        "a part of wider rows": (columns + 3, 1, 3),
+        "random, tokens inside": (inner, inner * tokens + outer, pick.randint(0, 7)),
+        "random, tokens outside": (inner * columns + outer, inner, pick.randint(0, 7)),
+    }
+
+
+def laid_out(values: torch.Tensor, row_stride: int, column_stride: int, offset: int) -> torch.Tensor:
+    """The same [T, S] values in memory of their own with these strides, in elements."""
+    rows, columns = values.shape
+    size = offset + max(rows - 1, 0) * row_stride + (columns - 1) * column_stride + 1
+    flat = torch.zeros(size, dtype=values.dtype, device=values.device)
+    return flat.as_strided((rows, columns), (row_stride, column_stride), offset).copy_(values)
+
+
+class TorchOperations(TorchDispatchMode):
+    """Records the names of the torch operators that run while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def make_inputs(case: Case, rank: int) -> Inputs:

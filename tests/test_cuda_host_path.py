@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import TorchOperations, laid_out, scale_layouts
 from cuda_cases import make_bare_kernels
 
+from deep_ep import checks
 from deep_ep.engines.arena import Arena
 from deep_ep.engines.combine_inputs import COUNTS
 from deep_ep.engines.cuda import CudaKernels
@@ -69,6 +71,7 @@ class KernelsOnCpu:
     def __init__(self) -> None:
         self.counts: tuple | bool = False
         self.calls: list[str] = []
+        self.sent: tuple = ()
 
     def dispatch_layout(self, topk_idx, is_int64, num_tokens, num_topk, num_experts, per_rank, per_expert, in_rank, _):
         idx = at(topk_idx, torch.int64 if is_int64 else torch.int32, num_tokens, num_topk)
@@ -82,6 +85,7 @@ class KernelsOnCpu:
         idx_bytes = num_topk * (8 if topk_is_int64 else 4)
 
         def place(output, heads, sent) -> None:
+            self.sent = sent
             _, rows, scales, (scales_stride, scale_stride), topk_idx, topk_weights = sent
             capacity = output[5]
             for token, row in enumerate(heads[:, 0].tolist()):
@@ -229,6 +233,36 @@ def test_a_handle_repeats_the_routing(kernels, scaled):
     expect_rows(result.rows, request.rows, tokens, len(tokens))
     expect_rows(result.scales, request.scales, tokens, len(tokens))
     assert result.handle is None and result.topk_idx is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_scales_of_any_strides_go_to_the_kernel_as_they_lie(kernels, num_tokens, dtype):
+    handle = run(kernels, make_request(num_tokens, True, torch.int64)).handle
+    values = torch.randint(-(1 << 31), 1 << 31, (num_tokens, 3)).int().view(dtype)
+    if dtype == torch.float32:
+        values = values.nan_to_num()  # since torch compares values
+    layouts = {name: laid_out(values, *layout) for name, layout in scale_layouts(num_tokens, 3).items()}
+    layouts["one row for all tokens"] = values[:1].expand(num_tokens, 3)
+    usual: dict[str, list[str]] = {}
+    for name, scales in layouts.items():
+        for kind, worst in (("uncached", 0), ("worst case", num_tokens + 5), ("cached", 0)):
+            request = make_request(num_tokens, True, None if kind == "cached" else torch.int64, worst)
+            request.rows, request.scales = checks.check_rows((request.rows, scales), "dispatch")
+            assert request.scales is scales
+            run(kernels, request)  # makes the plan
+            with TorchOperations() as operations:
+                if kind == "cached":
+                    result = kernels.dispatch_cached(request, handle, NUM_SMS)
+                else:
+                    layout = kernels.layout(torch.where(request.in_rank, 1, -1), NUM_EXPERTS)
+                    operations.names.clear()
+                    result = kernels.dispatch(request, layout[0], layout[1], NUM_SMS)
+            assert usual.setdefault(kind, operations.names) == operations.names, name
+            assert kernels._domain.sent[2:4] == (scales.data_ptr(), scales.stride()), name
+            tokens = request.in_rank[:, 0].nonzero()[:, 0]
+            expect_rows(result.scales, scales, tokens, worst or len(tokens))
+    assert len(kernels._plans) == (2 if dtype == torch.float32 else 3)  # strides are no part of a plan
 
 
 @pytest.mark.parametrize("idx_dtype", [torch.int32, torch.int64])

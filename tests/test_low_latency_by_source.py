@@ -336,7 +336,8 @@ def test_kernels_logfmt(on_gpus, num_ranks, finish):
     on_gpus(num_ranks)
     for max_tokens, hidden in ((8, 512), (40, 1024), (200, 1536), (32, 7168), (8, 136)):
         tokens = (max_tokens, max_tokens // 3, 0, 1)[:num_ranks]
-        case = by_source(num_ranks, tokens, max_tokens, hidden, 5, mask="some", finish=finish, repeats=3)
+        fp8 = "none" if hidden % 128 else "fp32"
+        case = by_source(num_ranks, tokens, max_tokens, hidden, 5, mask="some", fp8=fp8, finish=finish, repeats=3)
         for early in (False, True):
             check_case(dataclasses.replace(case, weights_at_dispatch=early, use_logfmt=True))
 

@@ -70,9 +70,9 @@ struct DispatchRowsArgs {
     int num_tokens;
     const int32_t* send_head;  // [T, R]: row at each rank, or -1
     const uint8_t* rows;
-    int64_t row_bytes;  // multiple of 16, also the stride
-    const uint8_t* scales;
-    int scales_per_token;         // 4-byte elements
+    int64_t row_bytes;      // multiple of 16, also the stride
+    const uint8_t* scales;  // of any strides, also with tokens innermost; at the peers they are row-major
+    int scales_per_token;   // 4-byte elements
     int64_t scales_token_stride;  // elements
     int64_t scales_stride;
     const void* topk_idx;

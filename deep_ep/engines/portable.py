@@ -37,7 +37,7 @@ class DispatchRequest:
     """Checked arguments of one dispatch.
 
     Attributes:
-        rows: [T, H] of any dtype; ``scales``: [T, S] or None.
+        rows: [T, H] of any dtype, contiguous; ``scales``: [T, S] of any strides, or None.
         in_rank: bool [T, R] on the device of ``rows``.
         route: the parsed handle of a cached call, else None; what `route` of the engine returned.
         topk_idx, topk_weights: [T, K] or None.

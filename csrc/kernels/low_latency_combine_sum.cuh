@@ -1,0 +1,249 @@
+// Low-latency combine, a token's home: sums what the ranks have made of it.
+#pragma once
+
+#include "kernels/low_latency_combine.cuh"
+
+namespace deep_ep::ll_combine {
+
+constexpr unsigned kFailedParts = 0xFFFFFFFFu;
+
+// Partial sums of a step by the first kPacketRowsAhead ranks of `left`, zeros of one that was masked meanwhile; `own` is this
+// rank's. Returns the ranks that remain, kFailedParts after a failure.
+__device__ __forceinline__ unsigned take_packets(const LowLatencyCombineArgs& args, const Run& op,
+                                                 unsigned left, int token, int step,
+                                                 const Vec (&own)[kVectors],
+                                                 Vec (&parts)[kRowsAhead][kVectors]) {
+    const LowLatencyDomain& ll = args.ll;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int at_hand = op.own_by_slot ? -1 : ll.domain.rank;
+    uint8_t* region = ll.region[ll.domain.rank];
+    const auto row_of = [&](int from) { return region + ll.layout.combine_packets(op.set, token, from); };
+    PeekedStep peeked[kPacketRowsAhead];
+    int ranks[kPacketRowsAhead];
+#pragma unroll
+    for (int i = 0; i < kPacketRowsAhead; ++i) {
+        ranks[i] = __ffs(left) - 1;
+        left &= left - 1;
+        if (ranks[i] >= 0 && ranks[i] != at_hand) peeked[i] = peek_step(row_of(ranks[i]), step, lane);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacketRowsAhead; ++i) {
+        if (ranks[i] < 0) break;
+        if (ranks[i] == at_hand) {
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) parts[i][v] = own[v];
+            continue;
+        }
+        const sync::Came came =
+            await_step(ll, kKind, ranks[i], op.epoch, row_of(ranks[i]), step, lane, peeked[i]);
+        if (came == sync::Came::kFailed) return kFailedParts;
+        if (came == sync::Came::kMasked) continue;
+        const RowStep part = peeked[i].step();
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) parts[i][v] = *reinterpret_cast<const Vec*>(&part.halves[v]);
+    }
+    return left;
+}
+
+// The same from slots whose flags have come.
+__device__ __forceinline__ unsigned take_slots(const LowLatencyCombineArgs& args, const Run& op,
+                                               unsigned left, int token, int step, const Vec (&own)[kVectors],
+                                               Vec (&parts)[kRowsAhead][kVectors]) {
+    const LowLatencyDomain& ll = args.ll;
+    const int at_hand = op.own_by_slot ? -1 : ll.domain.rank;
+    const uint8_t* slots = ll.region[ll.domain.rank] + ll.layout.combine_slot(op.set, token, 0);
+#pragma unroll
+    for (int i = 0; i < kRowsAhead; ++i) {
+        if (left == 0) break;
+        const int from = __ffs(left) - 1;
+        left &= left - 1;
+        const auto* slot = reinterpret_cast<const Vec*>(slots + from * ll.layout.slot_bytes);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            if (from == at_hand) {
+                parts[i][v] = own[v];
+            } else if (vector_of(step, v) < args.hidden / 8) {
+                parts[i][v] = slot[vector_of(step, v)];
+            }
+        }
+    }
+    return left;
+}
+
+// Sums one piece of an own token from the ranks' partial sums; `here`: ranks that take part. The own partial sum is made
+// while the others travel. False after a failure.
+template <bool kBySource>
+__device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, const CombinePlan& plan,
+                                             const Run& op, unsigned here, int token, int piece,
+                                             const Peers& peers) {
+    const LowLatencyDomain& ll = args.ll;
+    const LowLatencyLayout& layout = ll.layout;
+    const int rank = ll.domain.rank, num_placed = peers.num_placed[rank];
+    const int k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
+    unsigned owner_bit = 0;
+    const uint8_t* row = nullptr;
+    float weight = 0.0f;
+    if (k < args.num_topk) {
+        const int at = token * args.num_topk + k;
+        const int expert = existing(args, selection(args, at));
+        if (expert >= 0) {
+            const int owner = plan.experts.owner(expert);
+            owner_bit = 1u << owner;
+            if (owner == rank && !op.own_by_slot) {
+                row =
+                    locate<kBySource>(args, rank, token, expert - plan.experts.first(rank),
+                                      position_of<kBySource>(args, rank, num_placed, token, k, op.num_local));
+                weight = kBySource ? 1.0f : args.topk_weights[at];
+            }
+        }
+    }
+    unsigned ranks = __reduce_or_sync(kAllLanes, owner_bit) & here;
+    const unsigned own_rows = distinct<kBySource>(__ballot_sync(kAllLanes, row != nullptr));
+    auto* out = reinterpret_cast<Vec*>(args.out + static_cast<int64_t>(token) * args.hidden * 2);
+    const Steps steps(plan.cut, piece, num_vectors);
+#pragma unroll 1
+    for (int step = steps.first; step < steps.end; ++step) {
+        Vec own[kVectors] = {};
+        if (own_rows != 0) {
+            float partial[kVectors][kPerVector] = {};
+            add_weighted(partial, own_rows, row, weight, step, num_vectors);
+            VectorRounder<Bf16, kPerVector> rounder;
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) own[v] = rounder.round(partial[v]);
+        }
+        if (!op.packets && step == steps.first) {
+#pragma unroll 1
+            for (unsigned left = op.own_by_slot ? ranks : ranks & ~(1u << rank); left != 0;
+                 left &= left - 1) {
+                const int from = __ffs(left) - 1;
+                const int64_t flag = layout.combine_flag(op.set, token, from, piece);
+                const sync::Came came = sync::await_piece(ll, kKind, from, flag, op.epoch);
+                if (came == sync::Came::kFailed) return false;
+                if (came == sync::Came::kMasked) ranks &= ~(1u << from);
+            }
+        }
+        float sum[kVectors][kPerVector] = {};
+#pragma unroll 1
+        for (unsigned left = ranks; left != 0;) {
+            Vec parts[kRowsAhead][kVectors] = {};
+            left = op.packets ? take_packets(args, op, left, token, step, own, parts)
+                              : take_slots(args, op, left, token, step, own, parts);
+            if (left == kFailedParts) return false;
+            // A part that is absent is +0, which changes no sum that began with +0.
+#pragma unroll
+            for (int i = 0; i < kRowsAhead; ++i) {
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v) add_vector(sum[v], parts[i][v]);
+            }
+        }
+        Rounded(sum).write(out, step, num_vectors);
+    }
+    return true;
+}
+
+// Sums one piece of an own token from the experts' rows. False after a failure.
+template <bool kLogFmt, bool kBySource>
+__device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, const CombinePlan& plan,
+                                             const Run& op, unsigned here, int token, int piece,
+                                             const Peers& peers) {
+    const LowLatencyDomain& ll = args.ll;
+    const LowLatencyLayout& layout = ll.layout;
+    const int rank = ll.domain.rank, num_placed = peers.num_placed[rank];
+    const int k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
+    int owner = -1;
+    const uint8_t* row = nullptr;
+    float weight = 0.0f;
+    if (k < args.num_topk) {
+        const int at = token * args.num_topk + k;
+        const int expert = existing(args, selection(args, at));
+        if (expert >= 0) {
+            owner = plan.experts.owner(expert);
+            weight = kBySource ? 1.0f : args.topk_weights[at];
+            if (owner == rank && !op.own_by_slot) {
+                row =
+                    locate<kBySource>(args, rank, token, expert - plan.experts.first(rank),
+                                      position_of<kBySource>(args, rank, num_placed, token, k, op.num_local));
+            } else if ((here >> owner & 1u) != 0) {
+                row = ll.region[rank] + layout.combine_slot(op.set, token, k);
+            }
+        }
+    }
+    if constexpr (kBySource) {
+        const unsigned same_rank = __match_any_sync(kAllLanes, owner);
+        if (k != __ffs(same_rank) - 1) row = nullptr;
+    }
+    const bool travels = row != nullptr && (owner != rank || op.own_by_slot);
+#pragma unroll 1
+    for (unsigned left = __ballot_sync(kAllLanes, travels); left != 0; left &= left - 1) {
+        const int which = __ffs(left) - 1, from = __shfl_sync(kAllLanes, owner, which);
+        const int64_t flag = layout.combine_flag(op.set, token, which, piece);
+        const sync::Came came = sync::await_piece(ll, kKind, from, flag, op.epoch);
+        if (came == sync::Came::kFailed) return false;
+        if (came == sync::Came::kMasked && k == which) row = nullptr;
+    }
+    const unsigned rows = __ballot_sync(kAllLanes, row != nullptr);
+    const unsigned ranks = __reduce_or_sync(kAllLanes, row != nullptr ? 1u << owner : 0u);
+    const unsigned travelled = kLogFmt ? __ballot_sync(kAllLanes, travels) : 0u;
+    auto* out = reinterpret_cast<Vec*>(args.out + static_cast<int64_t>(token) * args.hidden * 2);
+    const Steps steps(plan.cut, piece, num_vectors);
+#pragma unroll 1
+    for (int step = steps.first; step < steps.end; ++step) {
+        float sum[kVectors][kPerVector] = {};
+        if constexpr (kLogFmt) {
+            // All at once or by their ranks, from one place: the code is large.
+#pragma unroll 1
+            for (unsigned left = args.sum_at_home ? 1u : ranks; left != 0; left &= left - 1) {
+                const unsigned of_rank = __ballot_sync(kAllLanes, owner == __ffs(left) - 1);
+                float partial[kVectors][kPerVector] = {};
+                logfmt::add_rows(partial, args.sum_at_home ? rows : rows & of_rank, travelled, row, weight,
+                                 step, args.hidden);
+                VectorRounder<Bf16, kPerVector> rounder;
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v) {
+                    if (args.sum_at_home) {
+#pragma unroll
+                        for (int c = 0; c < kPerVector; ++c) sum[v][c] = partial[v][c];
+                    } else {
+                        add_vector(sum[v], rounder.round(partial[v]));
+                    }
+                }
+            }
+        } else if (args.sum_at_home) {
+            add_weighted(sum, rows, row, weight, step, num_vectors);
+        } else {
+#pragma unroll 1
+            for (unsigned left = ranks; left != 0; left &= left - 1) {
+                const unsigned of_rank = rows & __ballot_sync(kAllLanes, owner == __ffs(left) - 1);
+                float partial[kVectors][kPerVector] = {};
+                add_weighted(partial, of_rank, row, weight, step, num_vectors);
+                VectorRounder<Bf16, kPerVector> rounder;
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v) add_vector(sum[v], rounder.round(partial[v]));
+            }
+        }
+        Rounded(sum).write(out, step, num_vectors);
+    }
+    return true;
+}
+
+template <bool kSummed, bool kLogFmt, bool kBySource>
+__device__ void serve_own_tokens(const LowLatencyCombineArgs& args, const CombinePlan& plan, const Run& op,
+                                 const Peers& peers, const Workers& workers) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const bool is_here = lane < args.ll.domain.num_ranks &&
+                         (lane == args.ll.domain.rank || peers.came[lane] == sync::Came::kHere);
+    const unsigned here = __ballot_sync(kAllLanes, is_here);
+    const int num_jobs = args.num_tokens * plan.cut.count;
+    bool goes_on = true;
+#pragma unroll 1
+    for (int job = workers.index; goes_on && job < num_jobs; job += workers.count) {
+        const int token = plan.by_pieces.quotient(job), piece = job - token * plan.cut.count;
+        if constexpr (kSummed) {
+            goes_on = sum_partials<kBySource>(args, plan, op, here, token, piece, peers);
+        } else {
+            goes_on = sum_unsummed<kLogFmt, kBySource>(args, plan, op, here, token, piece, peers);
+        }
+    }
+}
+
+}  // namespace deep_ep::ll_combine
