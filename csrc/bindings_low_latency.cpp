@@ -34,8 +34,9 @@ py::dict layout_bytes(int num_ranks, int num_max_tokens, int num_topk, int num_e
     result["total"] = layout.num_bytes;
     result["state"] = layout.state_bytes();
     result["slot"] = layout.slot_bytes;
-    result["packet_row"] = layout.packet_row_bytes;
-    result["packet_tokens"] = layout.packet_tokens;
+    result["line_row"] = layout.line_row_bytes;
+    result["dispatch_line_tokens"] = layout.dispatch_line_tokens;
+    result["combine_line_tokens"] = layout.combine_line_tokens;
     result["dispatch_slots"] = layout.combine_slots_at - layout.dispatch_slots_at;
     result["combine_slots"] = layout.num_bytes - layout.combine_slots_at;
     return result;
@@ -55,8 +56,8 @@ py::dict layout_offsets(int num_ranks, int num_max_tokens, int num_topk, int num
     result["combine_selections"] = layout.combine_selections(set, rank);
     result["dispatch_flag"] = layout.dispatch_flag(set, rank, token, part);
     result["combine_flag"] = layout.combine_flag(set, token, rank, part);
-    result["dispatch_packets"] = layout.dispatch_packets(set, rank, token);
-    result["combine_packets"] = layout.combine_packets(set, token, rank);
+    result["dispatch_lines"] = layout.dispatch_lines(set, rank, token);
+    result["combine_lines"] = layout.combine_lines(set, token, rank);
     result["dispatch_slot"] = layout.dispatch_slot(set, rank, token);
     result["combine_slot"] = layout.combine_slot(set, token, rank);
     return result;

@@ -313,7 +313,7 @@ def test_kernels_ways_to_call(on_gpus, num_ranks, finish):
 @pytest.mark.gpu
 @pytest.mark.parametrize("finish", ["sync", "hook"])
 def test_kernels_sizes(on_gpus, finish):
-    """Token counts up to the maximum, rows in packets and in pieces, hidden sizes, and top-k up to 32."""
+    """Token counts up to the maximum, rows in lines and in pieces, hidden sizes, and top-k up to 32."""
     on_gpus(2)
     for max_tokens, tokens, hidden, num_topk, fp8 in (
         (1, (1, 0), 256, 4, "pow2"),

@@ -13,7 +13,7 @@ from deep_ep.engines.cuda_ll import RegionShape
 from deep_ep.layout import first_local_expert, num_local_experts
 
 HEADER_BYTES, FLAG_BYTES, MAX_PIECES, STEP_BYTES, NUM_SETS = 128, 8, 8, 1024, 2
-PACKET_BYTES, PACKET_TOKENS = 16, 128
+PACKET_BYTES, LINE_BYTES = 16, 128
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def ranges(shape: Shape) -> list[tuple[int, int, str]]:
             for token in range(shape.num_max_tokens):
                 at = offsets(shape, set_, rank, token)
                 found.append((at["dispatch_slot"], at["dispatch_slot"] + sizes["slot"], f"slot {set_} {rank} {token}"))
-                if token < sizes["packet_tokens"]:
-                    for name in ("dispatch_packets", "combine_packets"):
-                        found.append((at[name], at[name] + sizes["packet_row"], f"{name} {set_} {rank} {token}"))
+                for name in ("dispatch_lines", "combine_lines"):
+                    if token < sizes[name.removesuffix("s") + "_tokens"]:
+                        found.append((at[name], at[name] + sizes["line_row"], f"{name} {set_} {rank} {token}"))
                 for part in range(MAX_PIECES):
                     flag = offsets(shape, set_, rank, token, part)["dispatch_flag"]
                     found.append((flag, flag + FLAG_BYTES, f"flag {set_} {rank} {token} {part}"))
@@ -94,9 +94,12 @@ def test_nothing_overlaps(shape):
     assert all(begin >= sizes["state"] for begin, _, _ in slots)
     assert all(end <= sizes["state"] for _, end, name in found if "slot" not in name)
     assert all(begin % 128 == 0 for begin, _, _ in slots)
-    # Twelve bytes of a row, or of its scales, in sixteen; tags are cleared with the flags.
-    assert sizes["packet_row"] == 3 * 32 * PACKET_BYTES * -(-2 * shape.hidden // STEP_BYTES)
-    assert sizes["packet_tokens"] == (min(shape.num_max_tokens, PACKET_TOKENS) if shape.num_ranks <= 16 else 0)
+    # Lines of 128 bytes, and one more for the words that tags take the place of; tags are cleared with the flags.
+    assert sizes["line_row"] == (STEP_BYTES + LINE_BYTES) * -(-2 * shape.hidden // STEP_BYTES)
+    assert all(begin % LINE_BYTES == 0 for begin, _, name in found if "lines" in name)
+    for name, most in (("dispatch", 128), ("combine", 1024)):
+        want = min(shape.num_max_tokens, most) if shape.num_ranks <= 16 else 0
+        assert sizes[f"{name}_line_tokens"] == want
     # A row in any form: bf16, FP8 with scales, or coded with two bf16 values for each 128 columns.
     assert sizes["slot"] >= 2 * shape.hidden + 4 * -(-shape.hidden // 128)
 
@@ -113,16 +116,16 @@ def test_the_size_hint_is_an_upper_bound(num_ranks, num_max_tokens, num_topk):
 
 
 def test_sizes_of_a_common_shape():
-    """8 ranks, 128 tokens, top-8 of 256 experts, hidden 7168: 149 MB, where slots for each expert would take 1.9 GB."""
+    """8 ranks, 128 tokens, top-8 of 256 experts, hidden 7168: 127 MB, where slots for each expert would take 1.9 GB."""
     shape = Shape(8, 128, 8, 256, 7168)
     sizes = _C.low_latency_layout(*astuple(shape))
     slot = 14592  # 14,336 bytes of bf16 and 224 of side information, in whole lines of 128
     assert sizes["slot"] == slot
     assert sizes["dispatch_slots"] == sizes["combine_slots"] == 2 * 8 * 128 * slot
-    packets = 2 * 2 * 8 * 128 * sizes["packet_row"]
-    assert sizes["packet_row"] == 14 * 1536
+    lines = 2 * 2 * 8 * 128 * sizes["line_row"]
+    assert sizes["line_row"] == 14 * 1152
     assert sizes["total"] - sizes["state"] == sizes["dispatch_slots"] + sizes["combine_slots"]
-    assert sizes["state"] - packets < 1 << 20
+    assert sizes["state"] - lines < 1 << 20
 
 
 @settings(deadline=None)

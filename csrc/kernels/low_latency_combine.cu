@@ -48,7 +48,7 @@ __device__ void send_selections(const LowLatencyCombineArgs& args, const Combine
     if (const int peer = i; peer < num_ranks && peer != rank && peers.came[peer] == sync::Came::kHere) {
         sync::publish_header(ll, kKind, peer, op.epoch,
                              {signature_tag(args.signature), args.num_tokens,
-                              plan.packets ? 0 : plan.cut.count, plan.cut.bytes / kStepBytes});
+                              plan.in_lines ? 0 : plan.cut.count, plan.cut.bytes / kStepBytes});
     }
     if (op.knows_weights) return;
 #pragma unroll 1
@@ -90,7 +90,7 @@ __device__ void meet_peers(const LowLatencyCombineArgs& args, const CombinePlan&
         peers.num_placed[peer] = num_placed;
         peers.num_tokens[peer] = op.sends_early ? peers.num_placed[peer] : 0;
         peers.cut[peer] = plan.cut;
-        peers.packets[peer] = op.sends_early && plan.packets;
+        peers.in_lines[peer] = op.sends_early && plan.in_lines;
         if (op.ends && !op.sends_early && peer != rank && came != sync::Came::kFailed) {
             LowLatencyHeader header{};
             if (came == sync::Came::kHere) {
@@ -102,14 +102,14 @@ __device__ void meet_peers(const LowLatencyCombineArgs& args, const CombinePlan&
                 if (came != sync::Came::kHere) header = sync::read_header(ll, kKind, peer, op.epoch);
                 came = sync::Came::kHere;
                 // Within bounds whatever it says, as after a bug that a test planted.
-                const bool packets = header.num_pieces == 0;
-                peers.packets[peer] = packets;
-                peers.num_tokens[peer] =
-                    min(max(header.num_tokens, 0),
-                        packets ? min(ll.layout.packet_tokens, args.num_max_tokens) : args.num_max_tokens);
-                peers.cut[peer] = packets ? by_steps(args.hidden)
-                                          : RowPieces{min(header.num_pieces, kMaxRowPieces),
-                                                      max(header.piece_steps, 1) * kStepBytes};
+                const bool in_lines = header.num_pieces == 0;
+                peers.in_lines[peer] = in_lines;
+                peers.num_tokens[peer] = min(
+                    max(header.num_tokens, 0),
+                    in_lines ? min(ll.layout.combine_line_tokens, args.num_max_tokens) : args.num_max_tokens);
+                peers.cut[peer] = in_lines ? by_steps(args.hidden)
+                                           : RowPieces{min(header.num_pieces, kMaxRowPieces),
+                                                       max(header.piece_steps, 1) * kStepBytes};
             } else if (came == sync::Came::kHere) {
                 came = sync::Came::kMasked;
             }
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     Run op{};
     op.begins = plan.part != LowLatencyPart::kReceive;
     op.ends = plan.part != LowLatencyPart::kSend;
-    op.packets = plan.packets;
+    op.in_lines = plan.in_lines;
     op.knows_weights = kBySource || (kSummed && args.weights != nullptr);
     op.sends_early = op.knows_weights || (plan.part == LowLatencyPart::kSend && has_positions);
     op.own_by_slot = plan.part != LowLatencyPart::kWhole && has_positions;
@@ -173,14 +173,15 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     // Without positions only the homes can tell which row is whose k-th, so the rows leave in the receive part.
     const bool sends_here =
         plan.part == LowLatencyPart::kReceive ? !has_positions : op.ends || op.sends_early;
-    // Where rows keep the link busy for long, some warps sum own tokens meanwhile. Else all send first, and the jobs of the
-    // sums go to the warps that are free.
-    const bool is_long = !op.packets && !kLogFmt;  // codes take the warps longer than the link
-    const int num_own_warps = sends_here && op.ends && is_long ? own_warps(ll.domain.num_ranks) : 0;
+    // Where rows keep the link busy for long, some warps sum own tokens meanwhile, and the warps of a block take pieces of the
+    // same tokens, so that it touches few pages. Else all send first, and the jobs of the sums go to the warps that are free.
+    const int num_own_warps = sends_here && op.ends && plan.is_long ? own_warps(ll.domain.num_ranks) : 0;
     const bool is_own = warp < num_own_warps;
+    const int num_warps = is_own ? num_own_warps : kNumWarps - num_own_warps;
+    const int index = is_own ? warp : warp - num_own_warps, block = static_cast<int>(blockIdx.x);
     Workers workers{};
-    workers.index = static_cast<int>(blockIdx.x) + (is_own ? warp : warp - num_own_warps) * num_blocks;
-    workers.count = (is_own ? num_own_warps : kNumWarps - num_own_warps) * num_blocks;
+    workers.index = plan.is_long ? block * num_warps + index : block + index * num_blocks;
+    workers.count = num_warps * num_blocks;
     if (sends_here && !is_own)
         workers.index = serve_homes<kSummed, kLogFmt, kBySource>(args, op, peers, workers);
     if (!op.ends) return;
@@ -233,14 +234,15 @@ void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPa
     if (!args.expert_major && (args.sum_at_home || args.positions == nullptr))
         throw std::invalid_argument(
             "deep_ep: low_latency_combine: rows by source need positions, and are sums already");
-    const int num_packet_tokens = args.ll.layout.packet_tokens;
-    if (num_packet_tokens > 0)
-        check_limit(by_steps(args.hidden).count * kPacketStepBytes, args.ll.layout.packet_row_bytes, kName,
-                    "a row in packets");
-    const auto launch = [&](Kernel kernel, bool packets, const RowPieces& cut) {
+    const int num_line_tokens = args.ll.layout.combine_line_tokens;
+    if (num_line_tokens > 0)
+        check_limit(by_steps(args.hidden).count * kLineStepBytes, args.ll.layout.line_row_bytes, kName,
+                    "a row in lines");
+    const auto launch = [&](Kernel kernel, bool in_lines, bool is_long, const RowPieces& cut) {
         const CombinePlan plan{part,
                                may_overlap(args.ll.domain, num_sms),
-                               packets,
+                               in_lines,
+                               is_long,
                                cut,
                                ExpertMap::of(args.num_experts, args.ll.domain.num_ranks),
                                SmallDivider::of(args.num_topk),
@@ -248,17 +250,18 @@ void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPa
         launch_early(kernel, num_blocks(args, cut, num_sms), kNumThreads, 0,
                      static_cast<cudaStream_t>(stream), kName, args, plan);
     };
-    // Packets take half as much again on the link, and arrive sooner. Pieces are so short that each warp gets one.
+    // Pieces are so short that each warp gets one.
     const auto launch_summed = [&](Kernel kernel, int num_tokens) {
-        const bool packets = num_tokens <= num_packet_tokens;
+        const bool in_lines = num_tokens <= num_line_tokens;
         const int64_t num_rows = int64_t{std::max(num_tokens, 1)} * std::max(args.ll.domain.num_ranks - 1, 1);
-        launch(kernel, packets,
-               packets ? by_steps(args.hidden) : cut_row(row_bytes, kPiecesWanted / num_rows));
+        launch(kernel, in_lines, num_tokens > kShortTokens,
+               in_lines ? by_steps(args.hidden) : cut_row(row_bytes, kPiecesWanted / num_rows));
     };
     const int wanted = kPiecesWanted / std::max(args.num_max_tokens, 1);
     if (args.use_logfmt) {
         args.weights = nullptr;
-        launch(args.expert_major ? kLogFmtRows : kLogFmtBySourceRows, false,
+        // Codes take the warps longer than the link.
+        launch(args.expert_major ? kLogFmtRows : kLogFmtBySourceRows, false, false,
                logfmt::cut_row(args.hidden, wanted));
     } else if (!args.expert_major) {
         // All ranks cut alike without having heard of each other; so they do below.
@@ -273,7 +276,7 @@ void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPa
         constexpr uint64_t kOtherSignature = 0x5DEECE66D;
         args.signature ^= kOtherSignature;
         args.weights = nullptr;
-        launch(kUnsummedRows, false, cut_row(row_bytes, wanted));
+        launch(kUnsummedRows, false, true, cut_row(row_bytes, wanted));
     }
 }
 

@@ -16,7 +16,7 @@ constexpr int kPerVector = 8;
 constexpr int kPiecesWanted = 2048;               // about the warps of a device
 constexpr int kVectors = kStepBytes / (32 * 16);  // of a lane in a step
 constexpr int kRowsAhead = 4;                     // rows of a step that a lane loads before it sums them
-constexpr int kPacketRowsAhead = 2;               // the same in packets
+constexpr int kLineRowsAhead = 2;                 // the same in lines
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr auto kKind = LowLatencyKind::kCombine;
 using Vec = Pack<uint16_t, kPerVector>;
@@ -29,7 +29,7 @@ struct Peers {
     int num_placed[kMaxPeers];  // tokens whose positions are known
     RowPieces cut[kMaxPeers];
     SmallDivider by_pieces[kMaxPeers];
-    bool packets[kMaxPeers];  // rows go there as packets
+    bool in_lines[kMaxPeers];  // rows go there in lines
     uint64_t waited_ns[kMaxPeers];
 };
 
@@ -37,7 +37,8 @@ struct Peers {
 struct CombinePlan {
     LowLatencyPart part;
     bool overlaps;  // see may_overlap
-    bool packets;   // rows to this rank travel as packets, a step each
+    bool in_lines;  // rows to this rank travel in lines, a step each
+    bool is_long;   // some warps sum own tokens while the others send
     RowPieces cut;  // rows to this rank
     ExpertMap experts;
     SmallDivider by_topk, by_pieces;  // selections of a token, pieces of a row to this rank
@@ -53,7 +54,7 @@ struct Run {
     int set;
     int num_local;  // experts
     bool begins, ends;
-    bool packets;  // rows come as packets, a step each
+    bool in_lines;  // rows come in lines, a step each
     // Weights came with the dispatch, or were applied by the caller.
     bool knows_weights;
     // Rows leave by their positions, before any home was heard. In a send part those for the own tokens leave with them, since
@@ -213,7 +214,7 @@ __device__ __forceinline__ unsigned distinct(unsigned rows) {
     return kBySource ? rows & (0u - rows) : rows;
 }
 
-// Warps of the grid that share jobs, and which of them this one is. Jobs go to the blocks in turn.
+// Warps of the grid that share jobs, and which of them this one is.
 struct Workers {
     int index, count;
 };

@@ -52,7 +52,7 @@ __device__ __forceinline__ float known_weight(const LowLatencyCombineArgs& args,
 // Sums what this rank's experts made of a token of `home`, and sends one piece of it there.
 template <bool kBySource>
 __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, const Run& op,
-                                             const RowPieces& cut, bool packets, int home, int num_placed,
+                                             const RowPieces& cut, bool in_lines, int home, int num_placed,
                                              int token, int piece, UnsaidPiece& unsaid) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
@@ -77,15 +77,15 @@ __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, 
         add_weighted(sum, mask, row, weight, step, num_vectors);
         const Rounded partial(sum);
         unsaid.say(ll, op.epoch);
-        if (packets) {
-            uint8_t* to = ll.region[home] + layout.combine_packets(op.set, token, rank);
+        if (in_lines) {
+            uint8_t* to = ll.region[home] + layout.combine_lines(op.set, token, rank);
             send_step(partial.step(), to, step, op.epoch, k);
         } else {
             partial.write(reinterpret_cast<Vec*>(ll.region[home] + layout.combine_slot(op.set, token, rank)),
                           step, num_vectors);
         }
     }
-    if (packets) return;
+    if (in_lines) return;
     unsaid.home = home;
     unsaid.flag_at = layout.combine_flag(op.set, token, rank, piece);
 }
@@ -176,7 +176,7 @@ __device__ int serve_homes(const LowLatencyCombineArgs& args, const Run& op, con
             if (!serves) continue;
             const int token = peers.by_pieces[home].quotient(job), piece = job - token * cut.count;
             if constexpr (kSummed) {
-                send_partial<kBySource>(args, op, cut, peers.packets[home], home, peers.num_placed[home],
+                send_partial<kBySource>(args, op, cut, peers.in_lines[home], home, peers.num_placed[home],
                                         token, piece, unsaid);
             } else {
                 send_unsummed<kLogFmt, kBySource>(args, op, cut, home, peers.num_placed[home], token, piece);

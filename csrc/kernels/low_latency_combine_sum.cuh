@@ -7,27 +7,26 @@ namespace deep_ep::ll_combine {
 
 constexpr unsigned kFailedParts = 0xFFFFFFFFu;
 
-// Partial sums of a step by the first kPacketRowsAhead ranks of `left`, zeros of one that was masked meanwhile; `own` is this
+// Partial sums of a step by the first kLineRowsAhead ranks of `left`, zeros of one that was masked meanwhile; `own` is this
 // rank's. Returns the ranks that remain, kFailedParts after a failure.
-__device__ __forceinline__ unsigned take_packets(const LowLatencyCombineArgs& args, const Run& op,
-                                                 unsigned left, int token, int step,
-                                                 const Vec (&own)[kVectors],
-                                                 Vec (&parts)[kRowsAhead][kVectors]) {
+__device__ __forceinline__ unsigned take_lines(const LowLatencyCombineArgs& args, const Run& op,
+                                               unsigned left, int token, int step, const Vec (&own)[kVectors],
+                                               Vec (&parts)[kRowsAhead][kVectors]) {
     const LowLatencyDomain& ll = args.ll;
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int at_hand = op.own_by_slot ? -1 : ll.domain.rank;
     uint8_t* region = ll.region[ll.domain.rank];
-    const auto row_of = [&](int from) { return region + ll.layout.combine_packets(op.set, token, from); };
-    PeekedStep peeked[kPacketRowsAhead];
-    int ranks[kPacketRowsAhead];
+    const auto row_of = [&](int from) { return region + ll.layout.combine_lines(op.set, token, from); };
+    PeekedStep peeked[kLineRowsAhead];
+    int ranks[kLineRowsAhead];
 #pragma unroll
-    for (int i = 0; i < kPacketRowsAhead; ++i) {
+    for (int i = 0; i < kLineRowsAhead; ++i) {
         ranks[i] = __ffs(left) - 1;
         left &= left - 1;
         if (ranks[i] >= 0 && ranks[i] != at_hand) peeked[i] = peek_step(row_of(ranks[i]), step, lane);
     }
 #pragma unroll
-    for (int i = 0; i < kPacketRowsAhead; ++i) {
+    for (int i = 0; i < kLineRowsAhead; ++i) {
         if (ranks[i] < 0) break;
         if (ranks[i] == at_hand) {
 #pragma unroll
@@ -38,7 +37,7 @@ __device__ __forceinline__ unsigned take_packets(const LowLatencyCombineArgs& ar
             await_step(ll, kKind, ranks[i], op.epoch, row_of(ranks[i]), step, lane, peeked[i]);
         if (came == sync::Came::kFailed) return kFailedParts;
         if (came == sync::Came::kMasked) continue;
-        const RowStep part = peeked[i].step();
+        const RowStep part = peeked[i].step(lane);
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) parts[i][v] = *reinterpret_cast<const Vec*>(&part.halves[v]);
     }
@@ -111,7 +110,7 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) own[v] = rounder.round(partial[v]);
         }
-        if (!op.packets && step == steps.first) {
+        if (!op.in_lines && step == steps.first) {
 #pragma unroll 1
             for (unsigned left = op.own_by_slot ? ranks : ranks & ~(1u << rank); left != 0;
                  left &= left - 1) {
@@ -126,8 +125,8 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
 #pragma unroll 1
         for (unsigned left = ranks; left != 0;) {
             Vec parts[kRowsAhead][kVectors] = {};
-            left = op.packets ? take_packets(args, op, left, token, step, own, parts)
-                              : take_slots(args, op, left, token, step, own, parts);
+            left = op.in_lines ? take_lines(args, op, left, token, step, own, parts)
+                               : take_slots(args, op, left, token, step, own, parts);
             if (left == kFailedParts) return false;
             // A part that is absent is +0, which changes no sum that began with +0.
 #pragma unroll

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     extern __shared__ uint32_t scratch[];
     __shared__ BlockState block;
     const LowLatencyDomain& ll = args.ll;
-    if (threadIdx.x == 0) block.absent = block.packets = 0;
+    if (threadIdx.x == 0) block.absent = block.in_lines = 0;
     ptx::wait_for_earlier_kernels();
     if (plan.overlaps) ptx::launch_dependents();
     // By another warp than the one that begins.
@@ -101,22 +101,21 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
     check_limit(shape.num_bytes + 4 * shape.scale_words, args.ll.layout.slot_bytes, name,
                 "the size of a row");
 
-    // Packets take half as much again on the link, and arrive sooner.
-    const bool packets = num_tokens <= args.ll.layout.packet_tokens;
-    if (packets)
-        check_limit(shape.num_steps * kPacketStepBytes, args.ll.layout.packet_row_bytes, name,
-                    "a row in packets");
+    const bool in_lines = num_tokens <= args.ll.layout.dispatch_line_tokens;
+    if (in_lines)
+        check_limit(shape.num_steps * kLineStepBytes, args.ll.layout.line_row_bytes, name, "a row in lines");
     // A piece is as short as leaves one for each warp, on the way out and on the way in.
     const int64_t num_warps = static_cast<int64_t>(num_sms) * kNumWarps;
     const RowPieces pieces =
         cut_row(shape.num_bytes, num_warps / std::max<int64_t>(num_ranks * num_tokens, 1));
     // Other ranks may send more tokens than this one does.
     const int64_t likely_tokens = std::max<int64_t>(num_tokens, (args.num_max_tokens + 3) / 4);
-    const int64_t likely_items = likely_tokens * num_ranks * (packets ? shape.num_steps : pieces.count);
+    const int64_t likely_items = likely_tokens * num_ranks * (in_lines ? shape.num_steps : pieces.count);
     const int64_t blocks = (likely_items + kItemsPerBlock - 1) / kItemsPerBlock;
     const int64_t num_blocks = std::clamp<int64_t>(blocks, std::min(num_sms, 2), num_sms);
     // Where rows keep the link busy for long, half of the blocks deal with the own ones meanwhile.
-    const bool shares = !packets && part == LowLatencyPart::kWhole && num_ranks > 1 && num_blocks > 2;
+    const bool shares =
+        num_tokens > kShortTokens && part == LowLatencyPart::kWhole && num_ranks > 1 && num_blocks > 2;
     const auto num_senders = static_cast<int>(shares ? num_blocks / 2 : std::max<int64_t>(num_blocks - 1, 1));
     // Of the scratch memory one word an expert is for the sums; later it takes the counts of all sources.
     const int64_t most_words = kScratchBytes / 4 / std::max(args.num_experts, 1) - 1;
@@ -129,9 +128,9 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
     const size_t shared_bytes = args.expert_major ? sizeof(uint32_t) * num_words : 0;
     launch_early(kernel_of(args.use_fp8, args.expert_major), static_cast<unsigned>(num_blocks), kNumThreads,
                  shared_bytes, static_cast<cudaStream_t>(stream), name, args,
-                 DispatchPlan{part, may_overlap(args.ll.domain, num_sms), packets, pieces, num_senders,
+                 DispatchPlan{part, may_overlap(args.ll.domain, num_sms), in_lines, pieces, num_senders,
                               chunk_words, experts, SmallDivider::of(args.num_topk),
-                              SmallDivider::of(packets ? shape.num_steps : pieces.count),
+                              SmallDivider::of(in_lines ? shape.num_steps : pieces.count),
                               SmallDivider::of(std::max(num_local, 1))});
 }
 

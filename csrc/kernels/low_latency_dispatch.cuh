@@ -20,7 +20,7 @@ constexpr auto kKind = LowLatencyKind::kDispatch;
 struct DispatchPlan {
     LowLatencyPart part;
     bool overlaps;     // see may_overlap
-    bool packets;      // rows travel as packets, a step each
+    bool in_lines;     // rows travel in lines, a step each
     RowPieces pieces;  // else so
     int num_senders;   // blocks after the announcing one; the others begin with the own rows
     int chunk_words;   // of 32 tokens, which the announcing block counts at a time
@@ -31,10 +31,10 @@ struct DispatchPlan {
 // What the threads of a block share.
 struct BlockState {
     uint64_t epoch;
-    unsigned room;     // ranks, as bits, whose set this operation may write
-    unsigned absent;   // sources, as bits, that are known to take no part while counts are awaited
-    unsigned present;  // sources that take part
-    unsigned packets;  // sources whose rows are packets
+    unsigned room;      // ranks, as bits, whose set this operation may write
+    unsigned absent;    // sources, as bits, that are known to take no part while counts are awaited
+    unsigned present;   // sources that take part
+    unsigned in_lines;  // sources whose rows come in lines
     int num_items;
     // By turn: the sources from the own rank on; where the source's pieces begin among all of this rank.
     int first_item[kMaxPeers];

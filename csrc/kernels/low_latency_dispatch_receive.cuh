@@ -14,13 +14,14 @@ __device__ __forceinline__ int source_of(const Domain& domain, int turn) {
 // What a source's header says. Within bounds whatever it says, as after a bug that a test planted.
 __device__ __forceinline__ void take_header(const LowLatencyDispatchArgs& args, const RowShape& shape,
                                             const LowLatencyHeader& header, int source, BlockState& block) {
-    const bool packets = header.num_pieces == 0;
-    const int most = packets ? min(args.ll.layout.packet_tokens, args.num_max_tokens) : args.num_max_tokens;
+    const bool in_lines = header.num_pieces == 0;
+    const int most =
+        in_lines ? min(args.ll.layout.dispatch_line_tokens, args.num_max_tokens) : args.num_max_tokens;
     block.num_tokens[source] = min(max(header.num_tokens, 0), most);
-    block.num_pieces[source] = packets ? shape.num_steps : min(header.num_pieces, kMaxRowPieces);
+    block.num_pieces[source] = in_lines ? shape.num_steps : min(header.num_pieces, kMaxRowPieces);
     block.by_pieces[source] = SmallDivider::of(block.num_pieces[source]);
-    block.piece_steps[source] = packets ? 1 : max(header.piece_steps, 1);
-    if (packets) atomicOr(&block.packets, 1u << source);
+    block.piece_steps[source] = in_lines ? 1 : max(header.piece_steps, 1);
+    if (in_lines) atomicOr(&block.in_lines, 1u << source);
 }
 
 // Waits for the headers of all sources. By the first warp.
@@ -311,10 +312,10 @@ __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchP
         const int piece = index - token * block.num_pieces[source];
         // In one launch the own rows come from x, as this rank would have sent them.
         const bool is_own = source == rank && plan.part == LowLatencyPart::kWhole;
-        const bool packets = !is_own && (block.packets >> source & 1u) != 0;
+        const bool in_lines = !is_own && (block.in_lines >> source & 1u) != 0;
         const int begin = piece * block.piece_steps[source];
         const int end = min(begin + block.piece_steps[source], shape.num_steps);
-        uint8_t* packet_row = own + ll.layout.dispatch_packets(set, source, packets ? token : 0);
+        uint8_t* line_row = own + ll.layout.dispatch_lines(set, source, in_lines ? token : 0);
         const uint8_t* slot = own + ll.layout.dispatch_slot(set, source, token);
         // All that is awaited is loaded once before any of it is.
         uint64_t word = 0;
@@ -323,7 +324,7 @@ __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchP
                                    (static_cast<int64_t>(token) * num_topk + lane) * 8);
         }
         PeekedStep peeked{};
-        if (packets) peeked = peek_step(packet_row, begin, lane);
+        if (in_lines) peeked = peek_step(line_row, begin, lane);
         Target target;
         sync::Came came = sync::Came::kHere;
 #pragma unroll 1
@@ -337,8 +338,8 @@ __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchP
                 if (!await_entries<kBySource>(args, block, source, token, word, num_local, table, target))
                     return;
                 if (__ballot_sync(kAllLanes, target.entry >= 0) == 0) break;
-                if (packets) {
-                    came = await_step(ll, kKind, source, epoch, packet_row, step, lane, peeked);
+                if (in_lines) {
+                    came = await_step(ll, kKind, source, epoch, line_row, step, lane, peeked);
                 } else if (!is_own) {
                     came = sync::await_piece(ll, kKind, source,
                                              ll.layout.dispatch_flag(set, source, token, piece), epoch);
@@ -346,9 +347,9 @@ __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchP
                 if (came == sync::Came::kFailed) return;
             }
             if (!is_own && came == sync::Came::kHere) {
-                what = packets ? peeked.step()
-                               : load_step(slot, reinterpret_cast<const uint32_t*>(slot + shape.num_bytes),
-                                           shape, step, lane);
+                what = in_lines ? peeked.step(lane)
+                                : load_step(slot, reinterpret_cast<const uint32_t*>(slot + shape.num_bytes),
+                                            shape, step, lane);
             }
             fan_out<kBySource>(args, shape, what, target, step);
         }

@@ -110,7 +110,7 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
         if (first == 0 && (thread < ll.domain.num_ranks && (block.room >> thread & 1u) != 0)) {
             sync::publish_header(ll, kKind, thread, block.epoch,
                                  {signature_tag(args.signature), args.num_tokens,
-                                  plan.packets ? 0 : plan.pieces.count, plan.pieces.bytes / kStepBytes});
+                                  plan.in_lines ? 0 : plan.pieces.count, plan.pieces.bytes / kStepBytes});
         }
         int bad = -1;
 #pragma unroll 1
@@ -150,8 +150,8 @@ __device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan
     const LowLatencyDomain& ll = args.ll;
     const RowShape shape = RowShape::of(args.hidden, kFp8, args.format);
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-    const int num_pieces = plan.packets ? shape.num_steps : plan.pieces.count;
-    const int piece_steps = plan.packets ? 1 : plan.pieces.bytes / kStepBytes;
+    const int num_pieces = plan.in_lines ? shape.num_steps : plan.pieces.count;
+    const int piece_steps = plan.in_lines ? 1 : plan.pieces.bytes / kStepBytes;
     // In one launch the own tokens need not travel: the receiving half takes them from x.
     const unsigned not_own = plan.part == LowLatencyPart::kWhole ? ~(1u << ll.domain.rank) : ~0u;
     const bool travels = ll.domain.num_ranks > 1 || plan.part != LowLatencyPart::kWhole;
@@ -198,8 +198,8 @@ __device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan
 #pragma unroll 1
         for (unsigned left = to; left != 0; left &= left - 1) {
             uint8_t* region = ll.region[__ffs(left) - 1];
-            if (plan.packets) {
-                uint8_t* row = region + ll.layout.dispatch_packets(set, ll.domain.rank, token);
+            if (plan.in_lines) {
+                uint8_t* row = region + ll.layout.dispatch_lines(set, ll.domain.rank, token);
                 send_step(what, row, step, epoch, lane);
             } else {
                 uint8_t* slot = region + ll.layout.dispatch_slot(set, ll.domain.rank, token);
@@ -209,7 +209,7 @@ __device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan
         }
         const bool is_done = ++step >= end || to == 0;
         if (is_done) {
-            if (!plan.packets && to != 0) {
+            if (!plan.in_lines && to != 0) {
                 const int64_t flag_at = ll.layout.dispatch_flag(set, ll.domain.rank, token, piece);
                 sync::publish_piece(ll, to, epoch, [&](int) { return flag_at; });
             }

@@ -42,7 +42,8 @@ struct RowShape {
     }
 };
 
-constexpr int kTileLanes16 = kTile / 16;  // lanes that hold a tile at 16 columns each
+constexpr int kHalfLines = 32 / kLineLanes;  // of a half of a step
+constexpr int kTileLanes16 = kTile / 16;     // lanes that hold a tile at 16 columns each
 
 // A step of a bf16 row. What lies past its end is zero.
 template <bool kFp8>
@@ -148,52 +149,61 @@ __device__ __forceinline__ void store_step(const RowStep& what, uint8_t* row, ui
     if (lane < shape.step_words && word < shape.scale_words) scales[word * scale_stride] = what.scale_word;
 }
 
-// A step in packets, see kStepPackets. `row`: where those of its row begin.
-__device__ __forceinline__ uint8_t* packet_at(uint8_t* row, int step, int i, int lane) {
-    return row + (static_cast<int64_t>(step * kStepPackets + i) * 32 + lane) * kPacketBytes;
-}
-
+// A step in lines, see kStepLines. `row`: where those of its row begin. By all lanes of a warp, as everything below.
 __device__ __forceinline__ void send_step(const RowStep& what, uint8_t* row, int step, uint64_t epoch,
                                           int lane) {
-    const uint4 &a = what.halves[0], &b = what.halves[1];
-    sync::send_packet(packet_at(row, step, 0, lane), epoch, a.x, a.y, a.z);
-    sync::send_packet(packet_at(row, step, 1, lane), epoch, a.w, b.x, b.y);
-    sync::send_packet(packet_at(row, step, 2, lane), epoch, b.z, b.w, what.scale_word);
+    constexpr unsigned kAll = 0xFFFFFFFFu;
+    const auto tag = static_cast<uint32_t>(epoch);
+    const int from = lane % kHalfLines * kLineLanes + kLineLanes - 1;
+    const uint32_t first = __shfl_sync(kAll, what.halves[0].w, from),
+                   second = __shfl_sync(kAll, what.halves[1].w, from);
+    uint8_t* at = row + step * kLineStepBytes + lane * 16;
+    __syncwarp();  // the lanes of a line store and load it together
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        uint4 part = what.halves[half];
+        if (lane % kLineLanes == kLineLanes - 1) part.w = tag;
+        ptx::st_line(at + half * (kStepBytes / 2), part, true);
+    }
+    ptx::st_line(at + kStepBytes, {lane < kHalfLines ? first : second, what.scale_word, 0, tag},
+                 lane < kLineLanes);
 }
 
-// What lies where a step's packets of this lane come.
+// What lies where a step's lines come.
 struct PeekedStep {
-    uint4 packets[kStepPackets];
+    uint4 halves[2];
+    uint4 rest;  // of the first lanes
 
-    __device__ __forceinline__ bool is_here(uint64_t epoch) const {
-        bool all = true;
-#pragma unroll
-        for (int i = 0; i < kStepPackets; ++i) all = all && sync::is_here(packets[i], epoch);
-        return all;
+    __device__ __forceinline__ bool is_here(uint64_t epoch, int lane) const {
+        const bool half_is = sync::is_here(halves[0], epoch) && sync::is_here(halves[1], epoch);
+        return (lane % kLineLanes != kLineLanes - 1 || half_is) &&
+               (lane >= kLineLanes || sync::is_here(rest, epoch));
     }
-    __device__ __forceinline__ RowStep step() const {
-        const uint4 &p = packets[0], &q = packets[1], &r = packets[2];
-        return {{{p.x, p.y, p.z, q.x}, {q.y, q.z, r.x, r.y}}, r.z};
+    __device__ __forceinline__ RowStep step(int lane) const {
+        constexpr unsigned kAll = 0xFFFFFFFFu;
+        RowStep result{{halves[0], halves[1]}, rest.y};
+        const uint32_t first = __shfl_sync(kAll, rest.x, lane / kLineLanes),
+                       second = __shfl_sync(kAll, rest.x, kHalfLines + lane / kLineLanes);
+        if (lane % kLineLanes == kLineLanes - 1) result.halves[0].w = first, result.halves[1].w = second;
+        return result;
     }
 };
 
-__device__ __forceinline__ PeekedStep peek_step(uint8_t* row, int step, int lane) {
-    PeekedStep peeked;
-#pragma unroll
-    for (int i = 0; i < kStepPackets; ++i) {
-        peeked.packets[i] = sync::peek_packet(packet_at(row, step, i, lane));
-    }
-    return peeked;
+__device__ __forceinline__ PeekedStep peek_step(const uint8_t* row, int step, int lane) {
+    const uint8_t* at = row + step * kLineStepBytes + lane * 16;
+    __syncwarp();
+    return {{ptx::ld_line(at, true), ptx::ld_line(at + kStepBytes / 2, true)},
+            ptx::ld_line(at + kStepBytes, lane < kLineLanes)};
 }
 
-// Waits for the rest of a step from `from`. By all lanes, with one answer.
+// Waits for the rest of a step from `from`; one answer for all lanes.
 __device__ __forceinline__ sync::Came await_step(const LowLatencyDomain& ll, LowLatencyKind kind, int from,
-                                                 uint64_t epoch, uint8_t* row, int step, int lane,
+                                                 uint64_t epoch, const uint8_t* row, int step, int lane,
                                                  PeekedStep& peeked) {
     if (sync::takes_unawaited(ll.domain)) return sync::Came::kHere;
-    return sync::wait_by_lanes(ll, kind, Phase::kPushed, from, epoch, peeked.is_here(epoch), [&] {
+    return sync::wait_by_warp(ll, kind, Phase::kPushed, from, epoch, peeked.is_here(epoch, lane), [&] {
         peeked = peek_step(row, step, lane);
-        return peeked.is_here(epoch);
+        return peeked.is_here(epoch, lane);
     });
 }
 

@@ -11,8 +11,8 @@
 //   combine, by home rank:     a header, and a selection for each (token, k), written by the home.
 //   combine, as the home:      rows by (token, j): what rank j made of the token, or, unsummed, what expert k made of it.
 //
-// Words and packets carry the low half of their epoch, so that one load both waits and reads. So do the rows of the first
-// kPacketTokens tokens where latency counts more than bytes; else rows lie in slots and travel in pieces, each with a flag.
+// Words, packets and lines carry the low half of their epoch, so that one load both waits and reads. Rows travel in lines if
+// they are of few enough tokens; else they lie in slots and travel in pieces, each with a flag.
 // A tag would be taken for a later one's only after 2^32 operations without another use of its place.
 #pragma once
 
@@ -63,7 +63,7 @@ DEEP_EP_HOST_DEVICE int position_row(int32_t position) {
 struct LowLatencyHeader {
     uint32_t signature;  // of what must be equal on all ranks, or kRefusedTag
     int num_tokens;      // of the writer
-    // dispatch: of each row that the writer sends; combine: of each row that is sent to the writer. 0: rows are packets.
+    // dispatch: of each row that the writer sends; combine: of each row that is sent to the writer. 0: rows travel in lines.
     int num_pieces;
     int piece_steps;  // of all pieces but the last one
 };
@@ -86,26 +86,31 @@ struct alignas(128) LowLatencyControl {
 };
 
 constexpr int kPacketBytes = 16;
-constexpr int kPacketTokens = 128;  // of a rank, at most, whose rows may be packets
-constexpr int kPacketRanks =
-    16;  // with more of them none are: the memory would exceed what callers reckon with
-// A step in packets: twelve bytes and an epoch each, three a lane; the last word of a lane has room for a scale.
-constexpr int kStepPackets = 3;
-constexpr int kPacketStepBytes = kStepPackets * 32 * kPacketBytes;
+constexpr int kShortTokens =
+    128;  // of a rank: with more of them the link is busy for long, and roles are divided
+// Of a rank, at most, whose rows may travel in lines, which begin to be used sooner, but take an eighth more of the link.
+constexpr int kDispatchLineTokens = kShortTokens, kCombineLineTokens = 1024;
+constexpr int kLineRanks = 16;  // with more of them none do: the memory would exceed what callers reckon with
+// A step in lines: 128 bytes each, the last word of which is an epoch. The words that these take the place of lie in the last
+// line, with the words of scales.
+constexpr int kLineBytes = 128;
+constexpr int kLineLanes = kLineBytes / 16;
+constexpr int kStepLines = kStepBytes / kLineBytes + 1;
+constexpr int kLineStepBytes = kStepLines * kLineBytes;
 
 // Offsets from the start of a region, in bytes.
 struct LowLatencyLayout {
     int num_ranks;
-    int num_max_tokens;         // of a rank
-    int num_topk;               // the largest
-    int num_max_local_experts;  // of the rank that has most
-    int packet_tokens;          // of a rank, whose rows may be packets
-    int64_t slot_bytes;         // a row as bf16, or any other form of it with scales
-    int64_t packet_row_bytes;
+    int num_max_tokens;                             // of a rank
+    int num_topk;                                   // the largest
+    int num_max_local_experts;                      // of the rank that has most
+    int dispatch_line_tokens, combine_line_tokens;  // of a rank, whose rows may travel in lines
+    int64_t slot_bytes;                             // a row as bf16, or any other form of it with scales
+    int64_t line_row_bytes;
     int64_t dispatch_metadata_bytes, combine_metadata_bytes;  // of a (set, rank)
     // First bytes of the parts.
     int64_t dispatch_metadata_at, combine_metadata_at, dispatch_flags_at, combine_flags_at;
-    int64_t dispatch_packets_at, combine_packets_at;
+    int64_t dispatch_lines_at, combine_lines_at;
     int64_t dispatch_slots_at, combine_slots_at;
     int64_t num_bytes;  // of the region
 
@@ -129,16 +134,19 @@ struct LowLatencyLayout {
         layout.num_topk = num_topk;
         layout.num_max_local_experts = num_max_local_experts;
         layout.slot_bytes = padded(2 * hidden + 4 * ((hidden + 127) / 128));
-        const int packet_tokens = num_max_tokens < kPacketTokens ? num_max_tokens : kPacketTokens;
-        layout.packet_tokens = num_ranks <= kPacketRanks ? packet_tokens : 0;
-        layout.packet_row_bytes = (2 * hidden + kStepBytes - 1) / kStepBytes * kPacketStepBytes;
+        const auto line_tokens = [&](int most) {
+            if (num_ranks > kLineRanks) return 0;
+            return num_max_tokens < most ? num_max_tokens : most;
+        };
+        layout.dispatch_line_tokens = line_tokens(kDispatchLineTokens);
+        layout.combine_line_tokens = line_tokens(kCombineLineTokens);
+        layout.line_row_bytes = (2 * hidden + kStepBytes - 1) / kStepBytes * kLineStepBytes;
         const int64_t selections = static_cast<int64_t>(num_max_tokens) * num_topk;
         layout.dispatch_metadata_bytes =
             kAlignment + padded(8 * static_cast<int64_t>(num_max_local_experts)) + 2 * padded(8 * selections);
         layout.combine_metadata_bytes = kAlignment + padded(kPacketBytes * selections);
         const int64_t dispatch_rows = static_cast<int64_t>(num_ranks) * num_max_tokens;
         const int64_t combine_rows = static_cast<int64_t>(layout.rows_per_token()) * num_max_tokens;
-        const int64_t packet_rows = static_cast<int64_t>(num_ranks) * layout.packet_tokens;
         constexpr int64_t kFlags = kMaxRowPieces * sizeof(uint64_t);
         int64_t end = padded(sizeof(LowLatencyControl));
         auto place = [&end](int64_t bytes) {
@@ -150,8 +158,8 @@ struct LowLatencyLayout {
         layout.combine_metadata_at = place(num_ranks * layout.combine_metadata_bytes);
         layout.dispatch_flags_at = place(dispatch_rows * kFlags);
         layout.combine_flags_at = place(combine_rows * kFlags);
-        layout.dispatch_packets_at = place(packet_rows * layout.packet_row_bytes);
-        layout.combine_packets_at = place(packet_rows * layout.packet_row_bytes);
+        layout.dispatch_lines_at = place(num_ranks * layout.dispatch_line_tokens * layout.line_row_bytes);
+        layout.combine_lines_at = place(num_ranks * layout.combine_line_tokens * layout.line_row_bytes);
         layout.dispatch_slots_at = place(dispatch_rows * layout.slot_bytes);
         layout.combine_slots_at = place(combine_rows * layout.slot_bytes);
         layout.num_bytes = end;
@@ -191,9 +199,9 @@ struct LowLatencyLayout {
         return dispatch_flags_at + (dispatch_row(set, source, token) * kMaxRowPieces + piece) * 8;
     }
 
-    DEEP_EP_HOST_DEVICE int64_t dispatch_packets(int set, int source, int token) const {
-        const int64_t row = (static_cast<int64_t>(set) * num_ranks + source) * packet_tokens + token;
-        return dispatch_packets_at + row * packet_row_bytes;
+    DEEP_EP_HOST_DEVICE int64_t dispatch_lines(int set, int source, int token) const {
+        const int64_t row = (static_cast<int64_t>(set) * num_ranks + source) * dispatch_line_tokens + token;
+        return dispatch_lines_at + row * line_row_bytes;
     }
 
     // j: a rank, or, unsummed, a k.
@@ -206,9 +214,9 @@ struct LowLatencyLayout {
     DEEP_EP_HOST_DEVICE int64_t combine_flag(int set, int token, int j, int piece) const {
         return combine_flags_at + (combine_row(set, token, j) * kMaxRowPieces + piece) * 8;
     }
-    DEEP_EP_HOST_DEVICE int64_t combine_packets(int set, int token, int rank) const {
-        const int64_t row = (static_cast<int64_t>(set) * packet_tokens + token) * num_ranks + rank;
-        return combine_packets_at + row * packet_row_bytes;
+    DEEP_EP_HOST_DEVICE int64_t combine_lines(int set, int token, int rank) const {
+        const int64_t row = (static_cast<int64_t>(set) * combine_line_tokens + token) * num_ranks + rank;
+        return combine_lines_at + row * line_row_bytes;
     }
 };
 

@@ -26,14 +26,19 @@ __device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* p) {
 }
 
 // Sixteen aligned bytes in one access: whoever loads them so sees all of a store or nothing of it.
+//
+// ptxas (seen with 13.0) drops the words of such a load that nobody uses, and then loads the others one by one. So all of
+// them are used: the last one depends on them by way of blockIdx.z, which is 0 in these grids, but not to its knowledge.
 __device__ __forceinline__ uint4 ld_relaxed_sys_b128(const void* p) {
     uint64_t low, high;
     asm volatile("{\n\t.reg .b128 v;\n\tld.relaxed.sys.global.b128 v, [%2];\n\tmov.b128 {%0, %1}, v;\n\t}"
                  : "=l"(low), "=l"(high)
                  : "l"(p)
                  : "memory");
-    return {static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+    uint4 v{static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
             static_cast<uint32_t>(high >> 32)};
+    v.w |= (v.x ^ v.y ^ v.z) & blockIdx.z;
+    return v;
 }
 
 __device__ __forceinline__ void st_relaxed_sys_b128(void* p, const uint4& v) {
@@ -43,6 +48,17 @@ __device__ __forceinline__ void st_relaxed_sys_b128(void* p, const uint4& v) {
         "{\n\t.reg .b128 v;\n\tmov.b128 v, {%1, %2};\n\tst.relaxed.sys.global.b128 [%0], v;\n\t}" ::"l"(p),
         "l"(low), "l"(high)
         : "memory");
+}
+
+// A line: 128 aligned bytes, of which eight neighbouring lanes store or load 16 each in one instruction. Such an access is one
+// transaction, in memory and over NVLink: whoever loads a line sees all of a store to it or nothing of it. The PTX memory
+// model promises that for a lane's 16 bytes only; for lines it is a property of the hardware, on which NCCL's LL128 protocol
+// relies as well, and which a test asks for. By all lanes of a warp; is_active: the same for the lanes of a line.
+__device__ __forceinline__ void st_line(void* p, const uint4& v, bool is_active) {
+    if (is_active) st_relaxed_sys_b128(p, v);
+}
+__device__ __forceinline__ uint4 ld_line(const void* p, bool is_active) {
+    return is_active ? ld_relaxed_sys_b128(p) : uint4{};
 }
 
 // The arrival counter of a grid: releases this thread's past, acquires that of the threads that arrived before.

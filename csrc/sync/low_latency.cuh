@@ -6,11 +6,12 @@
 //   a header                    publish_header()              await_header()
 //   a tagged word               send_word()                   peek_word(), is_here()
 //   a packet                    send_packet()                 peek_packet(), is_here()
+//   a line                      ptx::st_line()                ptx::ld_line(), is_here() of its last 16 bytes
 //   a piece of a row            publish_piece(), release      await_piece(), acquire
 //   leave to use a set again    note_received(), then         await_room()
 //                               tell_consumed(), release
 //
-// A word or packet is one access that holds its epoch beside what it carries: who sees the epoch has the rest, so there is
+// A word, packet or line is one access that holds its epoch beside what it carries: who sees the epoch has the rest, so there is
 // nothing to order and no fence to pay for.
 //
 // A rank sends at most two operations of a kind ahead of what a peer has consumed, and the sets alternate, so a set is
@@ -133,6 +134,24 @@ __device__ __forceinline__ Came wait_by_lanes(const LowLatencyDomain& ll, LowLat
     while (!__all_sync(kAll, is_here)) {
         Came came = Came::kHere;
         if (!is_here) is_here = try_once();
+        if (!is_here) came = keep_waiting(ll, kind, phase, peer, target, 0, patience);
+        came = static_cast<Came>(__reduce_max_sync(kAll, static_cast<unsigned>(came)));
+        if (came != Came::kHere) return came;
+    }
+    return Came::kHere;
+}
+
+// The same where what one lane waits for tells of what others have loaded: all of them try again together.
+template <class TryOnce>
+__device__ __forceinline__ Came wait_by_warp(const LowLatencyDomain& ll, LowLatencyKind kind, Phase phase,
+                                             int peer, uint64_t target, bool is_here,
+                                             const TryOnce& try_once) {
+    constexpr unsigned kAll = 0xFFFFFFFFu;
+    Patience patience{};
+#pragma unroll 1
+    while (!__all_sync(kAll, is_here)) {
+        is_here = try_once();
+        Came came = Came::kHere;
         if (!is_here) came = keep_waiting(ll, kind, phase, peer, target, 0, patience);
         came = static_cast<Came>(__reduce_max_sync(kAll, static_cast<unsigned>(came)));
         if (came != Came::kHere) return came;
