@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_call.h"
 #include "layout/expert_range.h"
 #include "layout/low_latency_outputs.h"
 
@@ -19,6 +20,7 @@ namespace py = pybind11;
 namespace deep_ep {
 
 void bind_low_latency(py::module_& m);
+void bind_low_latency_inputs(py::module_& m);  // bindings_low_latency_inputs.cpp
 
 namespace {
 
@@ -240,21 +242,22 @@ void bind_kernels(py::module_& m) {
         .def("refuse", [](const LowLatencyPeers& self, int kind, Address stream) {
             launch_low_latency_refuse(self.domain(), static_cast<LowLatencyKind>(kind), pointer(stream));
         });
-    py::class_<LowLatencyQueue>(m, "LowLatencyQueue")
-        .def(py::init<PeerDomain&, StreamOrder&>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
-        .def("begin", &LowLatencyQueue::begin)
+    py::class_<LowLatencyQueue> queue(m, "LowLatencyQueue");
+    queue.def(py::init<PeerDomain&, StreamOrder&>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def("end", &LowLatencyQueue::end);
-    py::class_<LowLatencyDispatchPlan>(m, "LowLatencyDispatchPlan")
+    def_fast<&LowLatencyQueue::begin>(queue, "begin");
+    py::class_<LowLatencyDispatchPlan> dispatch(m, "LowLatencyDispatchPlan");
+    dispatch
         .def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int, int,
                       bool, bool>(),
              py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
-        .def_property_readonly("outputs", &LowLatencyDispatchPlan::outputs)
-        .def("launch", &LowLatencyDispatchPlan::launch);
-    py::class_<LowLatencyCombinePlan>(m, "LowLatencyCombinePlan")
-        .def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int,
-                      bool, bool, bool>(),
-             py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
-        .def("launch", &LowLatencyCombinePlan::launch);
+        .def_property_readonly("outputs", &LowLatencyDispatchPlan::outputs);
+    def_fast<&LowLatencyDispatchPlan::launch>(dispatch, "launch");
+    py::class_<LowLatencyCombinePlan> combine(m, "LowLatencyCombinePlan");
+    combine.def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int,
+                         bool, bool, bool>(),
+                py::keep_alive<1, 2>(), py::keep_alive<1, 3>());
+    def_fast<&LowLatencyCombinePlan::launch>(combine, "launch");
 }
 
 #endif  // DEEP_EP_WITH_CUDA
@@ -276,6 +279,7 @@ void bind_low_latency(py::module_& m) {
         return py::make_tuple(owner, map.first(owner), map.count(owner));
     });
     bind_outputs(m);
+    bind_low_latency_inputs(m);
 #ifdef DEEP_EP_WITH_CUDA
     bind_kernels(m);
 #endif

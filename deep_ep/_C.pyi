@@ -374,6 +374,54 @@ class LowLatencyOutputs:
     @property
     def small_block_bytes(self) -> int: ...
 
+# Addresses and sizes of tensors, for `launch` below, or None where something is not as the kernels need it.
+class LowLatencyDispatchInputs:
+    def __init__(
+        self,
+        tensor_type: type,
+        device_index: int,
+        num_max_tokens: int,
+        hidden: int,
+        num_topk: int,
+        topk_is_int64: bool,
+        with_weights: bool,
+        num_local: int,
+        num_ranks: int,
+    ) -> None: ...
+    # x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats
+    def read(
+        self, x: object, topk_idx: object, topk_weights: object, recv_stats: object, wait_stats: object, /
+    ) -> tuple[int, ...] | None: ...
+
+class LowLatencyCombineInputs:
+    def __init__(
+        self,
+        tensor_type: type,
+        device_index: int,
+        num_groups: int,
+        capacity: int,
+        hidden: int,
+        num_max_tokens: int,
+        num_topk: int,
+        topk_is_int64: bool,
+        expert_major: bool,
+        src_info_at: int,
+        num_ranks: int,
+    ) -> None: ...
+    # x, src_info, layout_range, topk_idx, topk_weights, num_tokens, out, wait_stats
+    def read(
+        self,
+        x: object,
+        src_info: object,
+        layout_range: object,
+        topk_idx: object,
+        topk_weights: object,
+        out: object,
+        wait_stats: object,
+        block: int,
+        /,
+    ) -> tuple[int, ...] | None: ...
+
 class LowLatencyPeers:
     def __init__(
         self,
@@ -392,7 +440,7 @@ class LowLatencyPeers:
 
 class LowLatencyQueue:
     def __init__(self, peers: PeerDomain, order: StreamOrder) -> None: ...
-    def begin(self, stream: int) -> int: ...
+    def begin(self, stream: int, /) -> int: ...
     def end(self, stream: int) -> None: ...
 
 class LowLatencyDispatchPlan:
@@ -427,6 +475,7 @@ class LowLatencyDispatchPlan:
         num_sms: int,
         stream: int,
         captured: bool,
+        /,
     ) -> None: ...
 
 class LowLatencyCombinePlan:
@@ -462,4 +511,5 @@ class LowLatencyCombinePlan:
         num_sms: int,
         stream: int,
         captured: bool,
+        /,
     ) -> None: ...

@@ -33,6 +33,7 @@ class LowLatencyMixin:
         enable_shrink: bool
         group_size: int
         rank: int
+        runtime: PortableEngine | None
         _masked: set[int]
 
         _mask_timeout_s: float
@@ -132,7 +133,7 @@ class LowLatencyMixin:
             PeerError, CommTimeout: a rank died, refused or is late (without ``enable_shrink``).
         """
         operation = "low_latency_dispatch"
-        engine = self._engine(operation)
+        engine = self.runtime or self._engine(operation)
         kernels: LowLatencyKernels | None = engine.low_latency
         if kernels is not None and not async_finish and not self._hooks:
             taken = kernels.try_dispatch(
@@ -249,10 +250,9 @@ class LowLatencyMixin:
             ConfigError, PeerError, CommTimeout: as for `low_latency_dispatch`.
         """
         operation = "low_latency_combine"
-        engine = self._engine(operation)
+        engine = self.runtime or self._engine(operation)
         kernels: LowLatencyKernels | None = engine.low_latency
-        is_plain = not (async_finish or zero_copy)
-        if kernels is not None and is_plain and not self._hooks:
+        if kernels is not None and not async_finish and not zero_copy and not self._hooks:
             taken = kernels.try_combine(
                 x,
                 topk_idx,
@@ -481,7 +481,7 @@ class LowLatencyMixin:
         if not return_recv_hook:
             finish()
             return None
-        hook = ReceiveHook(finish)
+        hook = ReceiveHook(torch.no_grad()(finish))
         if self._hooks is None:
             self._hooks = weakref.WeakSet()
         self._hooks.add(hook)

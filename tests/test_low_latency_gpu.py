@@ -60,6 +60,42 @@ def test_the_kernels_are_used(on_gpus):
     run_ranks(2, run_kernels_are_used)
 
 
+def run_wrong_launches(ctx: RankContext) -> None:
+    """What a native launch cannot take is an error like that of any other call, and nothing is enqueued."""
+    buffer = make_buffer(ctx)
+    x, idx, weights = (t.to(ctx.device) for t in make_inputs(LowLatencyCase(), ctx.rank))
+    recv, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False)
+    buffer.low_latency_combine(recv, idx, weights, handle)
+    torch.cuda.synchronize()
+    plans = buffer.runtime.low_latency._plans
+    [[dispatch], [combine]] = [*plans.dispatches.values(), *plans.combines.values()]
+    for launch, num_arguments, num_tokens_at in ((dispatch.launch, 13, 3), (combine.launch, 16, 8)):
+        good = [*[0] * (num_arguments - 1), True]
+        for wrong in ([], good[:-1], [*good, 0]):
+            with pytest.raises(TypeError, match=f"takes {num_arguments} arguments but {len(wrong)} were given"):
+                launch(*wrong)
+        for at, value in ((0, -1), (0, 1 << 64), (0, None), (0, x), (num_tokens_at, 1 << 31), (-1, 0), (-1, None)):
+            wrong = list(good)
+            wrong[at] = value
+            with pytest.raises(TypeError, match=f"argument {at % num_arguments + 1} is .*of the wrong type or out of"):
+                launch(*wrong)
+        with pytest.raises(TypeError, match="keyword"):
+            launch(**dict.fromkeys("xy", 0))
+        good[num_tokens_at] = 9
+        with pytest.raises(ValueError, match="the number of tokens is 9, expected 0 to 8"):
+            launch(*good)
+    recv, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False)
+    buffer.low_latency_combine(recv, idx, weights, handle)
+    assert (launches(buffer, "low_latency_dispatch"), launches(buffer, "low_latency_combine")) == (2, 2)
+    finished(buffer)
+
+
+@pytest.mark.gpu
+def test_wrong_launches(on_gpus):
+    on_gpus(2)
+    run_ranks(2, run_wrong_launches)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_ranks", [1, *RANKS])
 def test_formats(on_gpus, num_ranks):

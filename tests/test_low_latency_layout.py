@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deep_ep._native import _C
 from deep_ep.config import low_latency_size_hint
-from deep_ep.engines.cuda_ll import RegionShape
+from deep_ep.engines.low_latency_regions import RegionShape
 from deep_ep.layout import first_local_expert, num_local_experts
 
 HEADER_BYTES, FLAG_BYTES, MAX_PIECES, STEP_BYTES, NUM_SETS = 128, 8, 8, 1024, 2

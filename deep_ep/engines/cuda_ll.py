@@ -17,21 +17,12 @@ from typing import Any
 import torch
 
 from .. import fp8
-from .._native import _C, SCALE_FORMATS
+from .._native import _C
 from ..errors import BufferDestroyed, ConfigError
 from ..traffic import TrafficStats
 from .low_latency_call import Outstanding, ReceiveHook, check_num_outstanding
-from .low_latency_plans import (
-    PLACES,
-    CombinePlan,
-    DispatchPlan,
-    HandleShape,
-    dispatch_plan,
-    empty_model,
-    is_plain,
-)
-from .low_latency_regions import Launcher, Region, Regions, RegionShape
-from .outputs import RowPlan
+from .low_latency_plans import PLACES, CombinePlan, DispatchPlan, Inputs, Plans, maker_of
+from .low_latency_regions import Launcher, Regions
 from .pool import current_stream_of
 from .portable_ll import LowLatencyCombine, LowLatencyDispatch
 
@@ -41,14 +32,7 @@ _WHOLE, _SEND, _RECEIVE = 0, 1, 2  # LowLatencyPart of csrc/kernels/low_latency_
 _NUM_SETS = 2
 _ALL_SMS = 1 << 30
 _LIMITS: dict[str, int] = _C.LOW_LATENCY_LIMITS
-_FORMATS: dict[tuple[bool, bool, bool], fp8.ScaleFormat | None] = {
-    (False, False, False): None,
-    (True, False, False): "fp32",
-    (True, True, False): "pow2",
-    (True, True, True): "ue8m0",
-}
-_BF16, _FLOAT32 = torch.bfloat16, torch.float32
-_empty_like = torch.empty_like
+_NEW_TICKET = (1,), (1,), torch.int64
 #: Received rows with or without scales, recv_count, and the handle.
 Received = tuple[Any, torch.Tensor, tuple[torch.Tensor, torch.Tensor, int, int, int]]
 
@@ -82,16 +66,12 @@ class LowLatencyKernels:
         self.current_device: Callable[[], int] = torch._C._cuda_getDevice if on_gpu else lambda: -1
         self._current_stream = current_stream_of(self.device)
         self.regions = Regions(kernels, self.masked, self._waits, mask_after_s)
-        self._planned: Region | None = None
+        self._plans = Plans(self.regions, self._queue, kernels, self.index)
+        self._new = maker_of(self.device)
+        self._begin_on: Callable[[int], int] = self._queue.begin
         self._outstanding = (Outstanding(), Outstanding())
         self.num_pending = 0
         self._is_closed = False
-        # By what differs between calls; of the present region only.
-        self._plans: dict[tuple[object, ...], DispatchPlan] = {}
-        self._combine_plans: dict[tuple[object, ...], CombinePlan] = {}
-        self._shapes: dict[tuple[int, ...], HandleShape] = {}
-        self._ticket_like = empty_model((1,), (1,), torch.int64, self.device)
-        self._combined_like: dict[tuple[int, int], torch.Tensor] = {}
 
     # What is served.
 
@@ -134,35 +114,21 @@ class LowLatencyKernels:
             None if something is new or wrong; then nothing has happened.
         """
         try:
-            num_tokens, hidden = x.shape
-            idx_tokens, num_topk = topk_idx.shape
-            with_weights = topk_weights is not None
-            scale_format, idx_dtype = _FORMATS[flags], topk_idx.dtype
-            layout = (with_weights, expert_major)
-            plan = self._plans[hidden, num_topk, idx_dtype, num_max_tokens, num_experts, scale_format, layout]
-        except (AttributeError, KeyError, TypeError, ValueError):
+            plans = self._plans.dispatches[num_max_tokens, num_experts, flags, topk_weights is not None, expert_major]
+        except (KeyError, TypeError):
             return None
-        index = self.index
-        if (
-            num_tokens != idx_tokens
-            or num_tokens > num_max_tokens
-            or x.dtype is not _BF16
-            or x.get_device() != index
-            or topk_idx.get_device() != index
-            or not x.is_contiguous()
-            or not topk_idx.is_contiguous()
-            or x.data_ptr() % 16 != 0
-            or (with_weights and not is_plain(topk_weights, _FLOAT32, topk_idx.shape, index))
-            or not (recv_stats is None or is_plain(recv_stats, torch.int32, (plan.shape.num_local,), index))
-            or not (wait_stats is None or is_plain(wait_stats, torch.int64, (self.num_ranks,), index))
-        ):
+        for plan in plans:
+            inputs = plan.read(x, topk_idx, topk_weights, recv_stats, wait_stats)
+            if inputs is not None:
+                break
+        else:
             return None
         with self._lock:
-            if self.current_device() != index or plan.region is not self._planned:
+            if self.current_device() != self.index or plan.region is not self._plans.region:
                 return None
             if self.num_pending:
                 self.check_outstanding("low_latency_dispatch")
-            return self._run_dispatch(plan, x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats, with_hook)
+            return self._run_dispatch(plan, inputs, recv_stats, wait_stats, with_hook)
 
     def dispatch(self, request: LowLatencyDispatch, with_hook: bool) -> tuple[Received, ReceiveHook | None]:
         """Send tokens and receive those of all ranks, on the current stream.
@@ -179,96 +145,68 @@ class LowLatencyKernels:
             ConfigError: the region would have to grow during graph capture.
             PoolExhausted, CommTimeout, PeerError: the region could not be reserved, or an earlier failure.
         """
-        x = request.x
+        x, weights, recv_stats, wait_stats = request.x, request.topk_weights, request.recv_stats, request.wait_stats
         if x.data_ptr() % 16 != 0:
             x = x.clone()
         self._kernels.check()
-        return self._run_dispatch(
-            self._dispatch_plan(request),
-            x,
-            request.topk_idx,
-            request.topk_weights,
+        plan = self._plans.of_dispatch(request)
+        inputs = (
+            x.data_ptr(),
+            request.topk_idx.data_ptr(),
+            _address(weights),
             x.shape[0],
-            request.recv_stats,
-            request.wait_stats,
-            with_hook,
+            _address(recv_stats),
+            _address(wait_stats),
         )
+        return self._run_dispatch(plan, inputs, recv_stats, wait_stats, with_hook)
 
     def _run_dispatch(
         self,
         plan: DispatchPlan,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor | None,
-        num_tokens: int,
+        inputs: Inputs,
         recv_stats: torch.Tensor | None,
         wait_stats: torch.Tensor | None,
         with_hook: bool,
     ) -> tuple[Received, ReceiveHook | None]:
-        stream = self._current_stream()
-        captured = self._begin(stream)
-        rows, scales = _empty_like(plan.rows_like), None
-        if plan.scales_like is not None:
-            scales = _empty_like(plan.scales_like)
-        count, src_info, ranges, small = plan.handles.take(stream, captured)
+        x, topk_idx, topk_weights, num_tokens, recv_at, wait_at = inputs
+        kernels, part, stream = self._kernels, _SEND if with_hook else _WHOLE, self._current_stream()
+        state = self._begin_on(stream)
+        captured = (state != 0 or kernels.has_failed) and self._is_captured(state)
+        rows, scales, scales_at = self._new(*plan.rows), None, 0
+        rows_at = rows.data_ptr()
+        if plan.scales is not None:
+            scales = self._new(*plan.scales)
+            scales_at = scales.data_ptr()
+        count, src_info, ranges, (shape, small) = plan.handles.take(stream, captured)
         if captured:
             plan.region.is_leased = True
-        arguments = (
-            x.data_ptr(),
-            topk_idx.data_ptr(),
-            0 if topk_weights is None else topk_weights.data_ptr(),
-            num_tokens,
-            rows.data_ptr(),
-            0 if scales is None else scales.data_ptr(),
-            small,
-            0 if recv_stats is None else recv_stats.data_ptr(),
-            0 if wait_stats is None else wait_stats.data_ptr(),
-        )
         self._outstanding[_DISPATCH].num_calls += 1
-        self._launch(plan, _DISPATCH, arguments, _SEND if with_hook else _WHOLE, stream, captured)
+        num_sms = kernels.blocks(_ALL_SMS)
+        plan.launch(
+            x,
+            topk_idx,
+            topk_weights,
+            num_tokens,
+            rows_at,
+            scales_at,
+            small,
+            recv_at,
+            wait_at,
+            part,
+            num_sms,
+            stream,
+            captured,
+        )
+        kernels.launches["low_latency_dispatch"] = kernels.launches.get("low_latency_dispatch", 0) + 1
         self._traffic.add_dispatch(num_tokens, plan.row_bytes, plan.dtype_name)
-        received = rows if scales is None else (rows, scales), count, (src_info, ranges, *plan.shape.numbers)
+        num_max_tokens, hidden, num_experts = shape.numbers
+        handle = (src_info, ranges, num_max_tokens, hidden, num_experts)
+        received = (rows if scales is None else (rows, scales), count, handle)
         if not with_hook:
             return received, None
+        arguments = (x, topk_idx, topk_weights, num_tokens, rows_at, scales_at, small, recv_at, wait_at)
         # The region, the outputs and what is added to must outlive the send.
         return received, self._hook(plan, _DISPATCH, arguments, stream, (received, recv_stats, wait_stats))
-
-    def _dispatch_plan(self, request: LowLatencyDispatch) -> DispatchPlan:
-        x, topk_idx, scale_format = request.x, request.topk_idx, request.scale_format
-        num_max, num_experts = request.num_max_tokens, request.num_experts
-        hidden, num_topk, idx_dtype = x.shape[1], topk_idx.shape[1], topk_idx.dtype
-        layout = (request.topk_weights is not None, request.expert_major)
-        key = (hidden, num_topk, idx_dtype, num_max, num_experts, scale_format, layout)
-        plan = self._plans.get(key)
-        if plan is None:
-            region = self._region_for(RegionShape(num_max, num_topk, num_experts, hidden))
-            # All but the dtype of the indices, which is each rank's own affair.
-            agreed = (hidden, num_topk, num_max, num_experts, scale_format, *layout)
-            native = _C.LowLatencyDispatchPlan(
-                region.peers,
-                self._queue,
-                _signature("low_latency_dispatch", *agreed),
-                num_topk,
-                idx_dtype == torch.int64,
-                num_experts,
-                num_max,
-                hidden,
-                -1 if scale_format is None else SCALE_FORMATS[scale_format],
-                *layout,
-            )
-            shape = self._handle_shape(num_topk, num_max, hidden, num_experts, *layout)
-            plan = dispatch_plan(region, native, shape, self.num_ranks, scale_format, self.device)
-            self._plans[key] = plan
-        return plan
-
-    def _handle_shape(
-        self, num_topk: int, num_max: int, hidden: int, num_experts: int, with_weights: bool, expert_major: bool
-    ) -> HandleShape:
-        key = (num_topk, num_max, hidden, num_experts, with_weights, expert_major)
-        shape = self._shapes.get(key)
-        if shape is None:
-            shape = self._shapes[key] = HandleShape.of(*key, self.num_ranks, self.rank)
-        return shape
 
     # Combine.
 
@@ -292,68 +230,46 @@ class LowLatencyKernels:
         try:
             src_info, ranges, num_max_tokens, hidden, num_experts = handle
             shape, block = getattr(src_info, PLACES)
-            sizes = topk_idx.shape
-            num_tokens, num_topk = sizes
-            plan = self._combine_plans[shape, topk_idx.dtype, sum_at_home, use_logfmt]
-            index = self.index
-            if (
-                num_topk != shape.num_topk
-                or num_tokens > num_max_tokens
-                or (num_max_tokens, hidden, num_experts) != shape.numbers
-                or (shape.expert_major and ranges.data_ptr() != block)
-                or src_info.data_ptr() != block + shape.src_info_at
-                or x.shape != shape.rows
-                or x.dtype is not _BF16
-                or x.get_device() != index
-                or topk_idx.get_device() != index
-                or not x.is_contiguous()
-                or not topk_idx.is_contiguous()
-                or x.data_ptr() % 16 != 0
-                or (
-                    shape.expert_major
-                    and (
-                        topk_weights.shape != sizes
-                        or topk_weights.dtype is not _FLOAT32
-                        or topk_weights.get_device() != index
-                        or not topk_weights.is_contiguous()
-                    )
-                )
-                or not (wait_stats is None or is_plain(wait_stats, torch.int64, (self.num_ranks,), index))
-                or not (out is None or is_plain(out, _BF16, (num_tokens, hidden), index))
-            ):
+            if (num_max_tokens, hidden, num_experts) != shape.numbers:
                 return None
+            plans = self._plans.combines[shape, sum_at_home, use_logfmt]
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
+        for plan in plans:
+            inputs = plan.read(x, src_info, ranges, topk_idx, topk_weights, out, wait_stats, block)
+            if inputs is not None:
+                break
+        else:
+            return None
         with self._lock:
-            if self.current_device() != index or plan.region is not self._planned:
+            if self.current_device() != self.index or plan.region is not self._plans.region:
                 return None
             if self.num_pending:
                 self.check_outstanding("low_latency_combine")
+            x_at, info_at, ranges_at, idx_at, weights_at, num_tokens, out_at, wait_at = inputs
             if out is None:
-                out = self.empty_combined(num_tokens, hidden)
+                hidden = shape.numbers[1]  # an int, where the caller's may only be equal to it
+                out = self._new((num_tokens, hidden), (hidden, 1), torch.bfloat16)
+                out_at = out.data_ptr()
             return out, self._run_combine(
                 plan,
-                x,
-                src_info,
-                ranges,
-                block + shape.source_tokens_at,
-                block + shape.positions_at,
-                block + shape.weights_at if plan.uses_weights else 0,
-                topk_idx,
-                topk_weights if shape.expert_major else None,
+                (
+                    x_at,
+                    info_at,
+                    ranges_at,
+                    block + shape.source_tokens_at,
+                    block + shape.positions_at,
+                    block + shape.weights_at if plan.uses_weights else 0,
+                    idx_at,
+                    weights_at,
+                    num_tokens,
+                    out_at,
+                    wait_at,
+                ),
                 num_tokens,
-                out,
-                wait_stats,
                 with_hook,
+                (x, src_info, ranges, topk_idx, topk_weights, out, wait_stats),
             )
-
-    def empty_combined(self, num_tokens: int, hidden: int) -> torch.Tensor:
-        """bf16 [T, H] with any contents."""
-        model = self._combined_like.get((num_tokens, hidden))
-        if model is None:
-            model = empty_model((num_tokens, hidden), (hidden, 1), _BF16, self.device)
-            self._combined_like[num_tokens, hidden] = model
-        return _empty_like(model)
 
     def combine(self, request: LowLatencyCombine, with_hook: bool) -> ReceiveHook | None:
         """Send the experts' rows home and sum them into ``request.out``, on the current stream.
@@ -377,7 +293,7 @@ class LowLatencyKernels:
             x = x.clone()
         target = out if out.data_ptr() % 16 == 0 else torch.empty_like(out)
         self._kernels.check()
-        plan = self._combine_plan(request, has_tables and shape.with_weights)
+        plan = self._plans.of_combine(request, has_tables and shape.with_weights)
         source_tokens = positions = weights = 0
         if not request.expert_major:
             positions = src_info.data_ptr()
@@ -385,21 +301,22 @@ class LowLatencyKernels:
         elif has_tables:
             source_tokens, positions = block + shape.source_tokens_at, block + shape.positions_at
             weights = block + shape.weights_at if plan.uses_weights else 0
-        hook = self._run_combine(
-            plan,
-            x,
-            src_info,
-            request.layout_range,
+        num_tokens = topk_idx.shape[0]
+        arguments = (
+            x.data_ptr(),
+            src_info.data_ptr(),
+            request.layout_range.data_ptr(),
             source_tokens,
             positions,
             weights,
-            topk_idx,
-            request.topk_weights,
-            topk_idx.shape[0],
-            target,
-            request.wait_stats,
-            with_hook,
+            topk_idx.data_ptr(),
+            _address(request.topk_weights),
+            num_tokens,
+            target.data_ptr(),
+            _address(request.wait_stats),
         )
+        kept = (x, src_info, request.layout_range, topk_idx, request.topk_weights, target, request.wait_stats)
+        hook = self._run_combine(plan, arguments, num_tokens, with_hook, kept)
         if target is out:
             return hook
         if hook is None:
@@ -411,109 +328,40 @@ class LowLatencyKernels:
             receive()
             out.copy_(target)
 
-        return ReceiveHook(finish)
+        return ReceiveHook(torch.no_grad()(finish))
 
     def _run_combine(
-        self,
-        plan: CombinePlan,
-        x: torch.Tensor,
-        src_info: torch.Tensor,
-        ranges: torch.Tensor,
-        source_tokens: int,
-        positions: int,
-        weights: int,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor | None,
-        num_tokens: int,
-        out: torch.Tensor,
-        wait_stats: torch.Tensor | None,
-        with_hook: bool,
+        self, plan: CombinePlan, inputs: Inputs, num_tokens: int, with_hook: bool, kept: tuple[object, ...]
     ) -> ReceiveHook | None:
-        stream = self._current_stream()
-        captured = self._begin(stream)
+        """``inputs``: what `_C.LowLatencyCombinePlan.launch` takes in front of the ticket; ``kept``: their tensors."""
+        kernels, part, stream = self._kernels, _SEND if with_hook else _WHOLE, self._current_stream()
+        state = self._begin_on(stream)
+        captured = (state != 0 or kernels.has_failed) and self._is_captured(state)
         if captured:
             plan.region.is_leased = True
-        ticket = _empty_like(self._ticket_like) if with_hook else None
-        arguments = (
-            x.data_ptr(),
-            src_info.data_ptr(),
-            ranges.data_ptr(),
-            source_tokens,
-            positions,
-            weights,
-            topk_idx.data_ptr(),
-            0 if topk_weights is None else topk_weights.data_ptr(),
-            num_tokens,
-            out.data_ptr(),
-            0 if wait_stats is None else wait_stats.data_ptr(),
-            0 if ticket is None else ticket.data_ptr(),
-        )
+        ticket = self._new(*_NEW_TICKET) if with_hook else None
+        ticket_at = 0 if ticket is None else ticket.data_ptr()
         self._outstanding[_COMBINE].num_calls += 1
-        self._launch(plan, _COMBINE, arguments, _SEND if with_hook else _WHOLE, stream, captured)
+        plan.launch(*inputs, ticket_at, part, kernels.blocks(_ALL_SMS), stream, captured)
+        kernels.launches["low_latency_combine"] = kernels.launches.get("low_latency_combine", 0) + 1
         self._traffic.add_combine(num_tokens, plan.row_bytes)
-        if ticket is None:
+        if not with_hook:
             return None
-        kept = (x, src_info, ranges, topk_idx, topk_weights, out, wait_stats, ticket)
-        return self._hook(plan, _COMBINE, arguments, stream, kept)
-
-    def _combine_plan(self, request: LowLatencyCombine, with_weights: bool) -> CombinePlan:
-        """``with_weights``: the handle has those that came with the dispatch."""
-        hidden, num_topk, idx_dtype = request.x.shape[2], request.topk_idx.shape[1], request.topk_idx.dtype
-        num_max, num_experts = request.num_max_tokens, request.num_experts
-        expert_major = request.expert_major
-        shape = self._handle_shape(num_topk, num_max, hidden, num_experts, with_weights, expert_major)
-        key = (shape, idx_dtype, request.sum_at_home, request.use_logfmt)
-        plan = self._combine_plans.get(key)
-        if plan is None:
-            region = self._region_for(RegionShape(num_max, num_topk, num_experts, hidden))
-            # A rank that has weights sums before it has heard of the homes: one that asks for rows must be told apart.
-            # Rows by source are sums already.
-            uses_weights = with_weights and expert_major and not (request.sum_at_home or request.use_logfmt)
-            agreed = (hidden, num_topk, num_max, num_experts, uses_weights, request.use_logfmt, expert_major)
-            native = _C.LowLatencyCombinePlan(
-                region.peers,
-                self._queue,
-                _signature("low_latency_combine", *agreed),
-                num_topk,
-                idx_dtype == torch.int64,
-                num_experts,
-                num_max,
-                hidden,
-                request.sum_at_home,
-                request.use_logfmt,
-                expert_major,
-            )
-            plan = self._combine_plans[key] = CombinePlan(region, native.launch, 2 * hidden, uses_weights)
-        return plan
+        return self._hook(plan, _COMBINE, (*inputs, ticket_at), stream, (kept, ticket))
 
     # Launches.
 
-    def _begin(self, stream: int) -> bool:
-        """What is launched next on this stream comes after the operation before, whatever stream that was called on.
-
-        Returns:
-            whether the stream is being captured into a graph.
+    def _is_captured(self, state: int) -> bool:
+        """What the queue's answer means where it is not 0, or there has been a failure: whether the stream is being
+        captured into a graph. What is launched next on it comes after the operation before, whatever stream that was
+        called on.
 
         Raises:
             CommTimeout, PeerError, ConfigError: kernels have reported a failure.
         """
-        state: int = self._queue.begin(stream)
         if state < 0 or self._kernels.has_failed:
             self._kernels.check()
         return state > 0
-
-    def _launch(
-        self,
-        plan: DispatchPlan | CombinePlan,
-        kind: int,
-        arguments: tuple[int, ...],
-        part: int,
-        stream: int,
-        captured: bool,
-    ) -> None:
-        kernels, name = self._kernels, _NAMES[kind]
-        plan.launch(*arguments, part, kernels.blocks(_ALL_SMS), stream, captured)
-        kernels.launches[name] = kernels.launches.get(name, 0) + 1
 
     def check_outstanding(self, operation: str, num_others: int = 0) -> None:
         """Before an operation: whether there is room for it.
@@ -548,27 +396,39 @@ class LowLatencyKernels:
         this.pending.add(number)
         self.num_pending += 1
         region.num_pending += 1
-        held: list[object] = [kept]
+        return ReceiveHook(self._receive, plan, kind, this, number, arguments, stream, kept=kept)
 
-        def receive() -> None:
-            with self._lock:
-                if self._is_closed:
-                    raise BufferDestroyed(
-                        f"receive hook of {_NAMES[kind]}: the buffer was destroyed before it was called"
-                    )
-                if number not in this.pending:  # forgotten by `recover`
-                    return
-                if self.current_device() == self.index:
-                    self._launch(plan, kind, arguments, _RECEIVE, stream, self._begin(stream))
-                else:  # another one than in the thread that made the call
-                    with torch.cuda.device(self.device):
-                        self._launch(plan, kind, arguments, _RECEIVE, stream, self._begin(stream))
-                this.pending.discard(number)
-                self.num_pending -= 1
-                region.num_pending -= 1
-                held.clear()
+    def _receive(
+        self,
+        plan: DispatchPlan | CombinePlan,
+        kind: int,
+        this: Outstanding,
+        number: int,
+        arguments: tuple[int, ...],
+        stream: int,
+    ) -> None:
+        """What the hook of an operation does, whose number in ``this`` is given."""
+        with self._lock:
+            if self._is_closed:
+                raise BufferDestroyed(f"receive hook of {_NAMES[kind]}: the buffer was destroyed before it was called")
+            if number not in this.pending:  # forgotten by `recover`
+                return
+            if self.current_device() == self.index:
+                self._launch_receive(plan, kind, arguments, stream)
+            else:  # another one than in the thread that made the call
+                with torch.cuda.device(self.device):
+                    self._launch_receive(plan, kind, arguments, stream)
+            this.pending.discard(number)
+            self.num_pending -= 1
+            plan.region.num_pending -= 1
 
-        return ReceiveHook(receive)
+    def _launch_receive(
+        self, plan: DispatchPlan | CombinePlan, kind: int, arguments: tuple[int, ...], stream: int
+    ) -> None:
+        kernels, name, state = self._kernels, _NAMES[kind], self._begin_on(stream)
+        captured = (state != 0 or kernels.has_failed) and self._is_captured(state)
+        plan.launch(*arguments, _RECEIVE, kernels.blocks(_ALL_SMS), stream, captured)
+        kernels.launches[name] = kernels.launches.get(name, 0) + 1
 
     def refuse(self, operation: str) -> None:
         """Take part in an operation without tokens, after this rank found its own arguments wrong.
@@ -589,17 +449,6 @@ class LowLatencyKernels:
             self._outstanding[kind].num_calls += 1
             region.peers.refuse(kind, stream)
             self._queue.end(stream)
-
-    # The region.
-
-    def _region_for(self, shape: RegionShape) -> Region:
-        """`Regions.region_for`; plans of another region are forgotten."""
-        region = self.regions.region_for(shape)
-        if region is not self._planned:
-            self._plans.clear()
-            self._combine_plans.clear()
-            self._planned = region
-        return region
 
     # Masks and waits.
 
@@ -624,9 +473,7 @@ class LowLatencyKernels:
         """Let go of the memory of outputs. The region goes with the heap, and hooks can no longer be called."""
         self._is_closed = True
         self._plans.clear()
-        self._combine_plans.clear()
 
 
-def _signature(operation: str, *shapes: object) -> int:
-    """A number that differs wherever ranks disagree."""
-    return RowPlan((), "").signature(operation, *shapes)
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

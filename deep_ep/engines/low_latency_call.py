@@ -42,21 +42,25 @@ class Outstanding:
 
 
 class ReceiveHook:
-    """Finishes a low-latency operation when called; calling it again does nothing."""
+    """Finishes a low-latency operation when called; calling it again does nothing.
 
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self._finish: Callable[[], None] | None = finish
+    Args:
+        finish: called with ``arguments``.
+        kept: what must live until then.
+    """
+
+    def __init__(self, finish: Callable[..., None], *arguments: object, kept: object = None) -> None:
+        self._call: tuple[Callable[..., None], tuple[object, ...], object] | None = (finish, arguments, kept)
 
     @property
     def pending(self) -> bool:
         """True until the hook is called."""
-        return self._finish is not None
+        return self._call is not None
 
     def __call__(self) -> None:
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            with torch.no_grad():
-                finish()
+        call, self._call = self._call, None
+        if call is not None:
+            call[0](*call[1])
 
 
 class LowLatencyCall(Call):

@@ -1,33 +1,61 @@
 """Low-latency calls of one shape on kernels: what stays between them, and the tensors that each dispatch hands out.
 
 All of it is made when a shape is seen first, since the host's time for a call is to stay below that of the kernels:
-outputs are copies of empty models, and the small tensors of many handles are cut from one slab at a time.
+what a call passes is compared with what is expected in one native call, and the small tensors of many handles are cut
+from one slab at a time.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from .. import fp8
-from .._native import _C
+from .._native import _C, SCALE_FORMATS
 from ..layout import num_local_experts
-from .low_latency_regions import Region
+from .low_latency_regions import Launcher, Region, Regions, RegionShape
+from .outputs import RowPlan
+from .portable_ll import LowLatencyCombine, LowLatencyDispatch
 
 #: What dispatch leaves on src_info: `HandleShape`, and the address of the block that src_info was cut from. (A copy of
 #: the tensor has the attribute too, and lies elsewhere.) The block holds two tables by which combine finds each
 #: (source, token, k) without a search, and a third one of their weights if these came along; they are in the storage of
 #: src_info, so they live as long.
 PLACES = "_deep_ep_places"
-#: recv_count, src_info, layout_range, and the address of their block.
-Handle = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
+#: recv_count, src_info, layout_range, and what `PLACES` is for them.
+Handle = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "tuple[HandleShape, int]"]
+#: Addresses and the number of tokens, as the native classes of inputs give them.
+Inputs = tuple[int, ...]
+#: Sizes, strides and dtype of a tensor.
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
-_SLAB_BYTES = 2 << 20
-_MAX_PARTS = 16
+_SLAB_BYTES = 4 << 20
+_MAX_PARTS = 32
 _MAX_STREAMS = 4
+#: use_fp8, round_scale and use_ue8m0.
+_FLAGS: dict[fp8.ScaleFormat | None, tuple[bool, bool, bool]] = {
+    None: (False, False, False),
+    "fp32": (True, False, False),
+    "pow2": (True, True, False),
+    "ue8m0": (True, True, True),
+}
+_AUTOGRAD_OF_VIEWS = functools.reduce(
+    operator.or_,
+    (
+        torch._C.DispatchKeySet(key)
+        for key in (
+            torch._C.DispatchKey.ADInplaceOrView,
+            torch._C.DispatchKey.AutogradCPU,
+            torch._C.DispatchKey.AutogradCUDA,
+        )
+    ),
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -88,16 +116,17 @@ class DispatchPlan:
     """Dispatches of one shape and format.
 
     Attributes:
-        launch: of `_C.LowLatencyDispatchPlan`.
-        rows_like, scales_like: models of the outputs, without memory of their own.
+        read, launch: of `_C.LowLatencyDispatchInputs` and `_C.LowLatencyDispatchPlan`.
+        rows, scales: sizes, strides and dtype of these outputs, for `maker_of`; bf16 rows have no scales.
         row_bytes, dtype_name: of what travels, for the traffic counters.
     """
 
     region: Region
+    read: Callable[..., Inputs | None]
     launch: Callable[..., None]
     shape: HandleShape
-    rows_like: torch.Tensor
-    scales_like: torch.Tensor | None
+    rows: Layout
+    scales: Layout | None
     handles: HandleTensors
     row_bytes: int
     dtype_name: str
@@ -108,52 +137,198 @@ class CombinePlan:
     """Combines of one shape.
 
     Attributes:
-        launch: of `_C.LowLatencyCombinePlan`.
+        read, launch: of `_C.LowLatencyCombineInputs` and `_C.LowLatencyCombinePlan`.
         uses_weights: rows are summed with the weights that came with the dispatch.
     """
 
     region: Region
+    read: Callable[..., Inputs | None]
     launch: Callable[..., None]
     row_bytes: int
     uses_weights: bool
 
 
-def dispatch_plan(
-    region: Region,
-    native: Any,
-    shape: HandleShape,
-    num_ranks: int,
-    scale_format: fp8.ScaleFormat | None,
-    device: torch.device,
-) -> DispatchPlan:
-    """The plan of dispatches whose handles have this shape."""
-    dtype = torch.bfloat16 if scale_format is None else torch.float8_e4m3fn
-    num_groups, capacity, hidden = shape.rows
-    row_bytes, scales_like = hidden * dtype.itemsize, None
-    if scale_format is not None:
-        scales_dtype, columns = fp8.scale_columns(hidden, scale_format)
-        row_bytes += 4 * columns
-        # Stored with tokens innermost, the order in which grouped GEMMs fetch scales.
-        strides = (columns * capacity, 1, capacity)
-        scales_like = empty_model((num_groups, capacity, columns), strides, scales_dtype, device)
-    return DispatchPlan(
-        region,
-        native.launch,
-        shape,
-        empty_model(shape.rows, (capacity * hidden, hidden, 1), dtype, device),
-        scales_like,
-        HandleTensors(device, native.outputs, shape, num_ranks),
-        row_bytes,
-        str(dtype).removeprefix("torch."),
-    )
+class Plans:
+    """The plans of the present region, by what differs between calls.
+
+    Args:
+        index: of the CUDA device, -1 for the CPU.
+
+    Attributes:
+        region: for which there are plans.
+        dispatches: those that a call may be like, by M, E, the flags of the scale format, whether weights come along,
+            and expert_major.
+        combines: likewise, by the shape of the handle, sum_at_home and use_logfmt.
+    """
+
+    def __init__(self, regions: Regions, queue: Any, kernels: Launcher, index: int) -> None:
+        self._regions, self._queue, self._index = regions, queue, index
+        self._rank, self._num_ranks, self._device = kernels.rank, kernels.num_ranks, kernels.device
+        self.region: Region | None = None
+        self.dispatches: dict[tuple[object, ...], list[DispatchPlan]] = {}
+        self.combines: dict[tuple[object, ...], list[CombinePlan]] = {}
+        self._dispatch_of: dict[tuple[object, ...], DispatchPlan] = {}
+        self._combine_of: dict[tuple[object, ...], CombinePlan] = {}
+        self._shapes: dict[tuple[int, ...], HandleShape] = {}
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        for plans in (self.dispatches, self.combines, self._dispatch_of, self._combine_of):
+            plans.clear()
+
+    def of_dispatch(self, request: LowLatencyDispatch) -> DispatchPlan:
+        """The plan of a dispatch, made if there is none.
+
+        Raises:
+            ConfigError, PoolExhausted, CommTimeout, PeerError: see `Regions.region_for`.
+        """
+        x, topk_idx, scale_format = request.x, request.topk_idx, request.scale_format
+        num_max, num_experts = request.num_max_tokens, request.num_experts
+        hidden, num_topk, is_int64 = x.shape[1], topk_idx.shape[1], topk_idx.dtype == torch.int64
+        layout = (request.topk_weights is not None, request.expert_major)
+        key = (hidden, num_topk, is_int64, num_max, num_experts, scale_format, *layout)
+        plan = self._dispatch_of.get(key)
+        if plan is None:
+            region = self._region_for(RegionShape(num_max, num_topk, num_experts, hidden))
+            # All but the dtype of the indices, which is each rank's own affair.
+            agreed = (hidden, num_topk, num_max, num_experts, scale_format, *layout)
+            native = _C.LowLatencyDispatchPlan(
+                region.peers,
+                self._queue,
+                _signature("low_latency_dispatch", *agreed),
+                num_topk,
+                is_int64,
+                num_experts,
+                num_max,
+                hidden,
+                -1 if scale_format is None else SCALE_FORMATS[scale_format],
+                *layout,
+            )
+            shape = self._handle_shape(num_topk, num_max, hidden, num_experts, *layout)
+            plan = self._dispatch_of[key] = self._dispatch_plan(region, native, shape, is_int64, scale_format)
+            alike = (num_max, num_experts, _FLAGS[scale_format], *layout)
+            self.dispatches.setdefault(alike, []).append(plan)
+        return plan
+
+    def _dispatch_plan(
+        self, region: Region, native: Any, shape: HandleShape, is_int64: bool, scale_format: fp8.ScaleFormat | None
+    ) -> DispatchPlan:
+        dtype = torch.bfloat16 if scale_format is None else torch.float8_e4m3fn
+        num_groups, capacity, hidden = shape.rows
+        row_bytes, scales = hidden * dtype.itemsize, None
+        if scale_format is not None:
+            scales_dtype, columns = fp8.scale_columns(hidden, scale_format)
+            row_bytes += 4 * columns
+            # Stored with tokens innermost, the order in which grouped GEMMs fetch scales.
+            scales = ((num_groups, capacity, columns), (columns * capacity, 1, capacity), scales_dtype)
+        inputs = _C.LowLatencyDispatchInputs(
+            torch.Tensor,
+            self._index,
+            shape.numbers[0],
+            hidden,
+            shape.num_topk,
+            is_int64,
+            shape.with_weights,
+            shape.num_local,
+            self._num_ranks,
+        )
+        return DispatchPlan(
+            region,
+            inputs.read,
+            native.launch,
+            shape,
+            (tuple(shape.rows), (capacity * hidden, hidden, 1), dtype),
+            scales,
+            HandleTensors(self._device, native.outputs, shape, self._num_ranks),
+            row_bytes,
+            str(dtype).removeprefix("torch."),
+        )
+
+    def of_combine(self, request: LowLatencyCombine, with_weights: bool) -> CombinePlan:
+        """The plan of a combine, made if there is none.
+
+        Args:
+            with_weights: the handle has those that came with the dispatch.
+
+        Raises:
+            ConfigError, PoolExhausted, CommTimeout, PeerError: see `Regions.region_for`.
+        """
+        hidden, num_topk = request.x.shape[2], request.topk_idx.shape[1]
+        is_int64 = request.topk_idx.dtype == torch.int64
+        num_max, num_experts = request.num_max_tokens, request.num_experts
+        expert_major = request.expert_major
+        shape = self._handle_shape(num_topk, num_max, hidden, num_experts, with_weights, expert_major)
+        key = (shape, is_int64, request.sum_at_home, request.use_logfmt)
+        plan = self._combine_of.get(key)
+        if plan is None:
+            region = self._region_for(RegionShape(num_max, num_topk, num_experts, hidden))
+            # A rank that has weights sums before it has heard of the homes: one that asks for rows must be told apart.
+            # Rows by source are sums already.
+            uses_weights = with_weights and expert_major and not (request.sum_at_home or request.use_logfmt)
+            agreed = (hidden, num_topk, num_max, num_experts, uses_weights, request.use_logfmt, expert_major)
+            native = _C.LowLatencyCombinePlan(
+                region.peers,
+                self._queue,
+                _signature("low_latency_combine", *agreed),
+                num_topk,
+                is_int64,
+                num_experts,
+                num_max,
+                hidden,
+                request.sum_at_home,
+                request.use_logfmt,
+                expert_major,
+            )
+            num_groups, capacity, _ = shape.rows
+            inputs = _C.LowLatencyCombineInputs(
+                torch.Tensor,
+                self._index,
+                num_groups,
+                capacity,
+                hidden,
+                num_max,
+                num_topk,
+                is_int64,
+                expert_major,
+                shape.src_info_at,
+                self._num_ranks,
+            )
+            plan = CombinePlan(region, inputs.read, native.launch, 2 * hidden, uses_weights)
+            self._combine_of[key] = plan
+            self.combines.setdefault((shape, request.sum_at_home, request.use_logfmt), []).append(plan)
+        return plan
+
+    def _handle_shape(
+        self, num_topk: int, num_max: int, hidden: int, num_experts: int, with_weights: bool, expert_major: bool
+    ) -> HandleShape:
+        key = (num_topk, num_max, hidden, num_experts, with_weights, expert_major)
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = self._shapes[key] = HandleShape.of(*key, self._num_ranks, self._rank)
+        return shape
+
+    def _region_for(self, shape: RegionShape) -> Region:
+        """`Regions.region_for`; plans of another region are forgotten."""
+        region = self._regions.region_for(shape)
+        if region is not self.region:
+            self.clear()
+            self.region = region
+        return region
 
 
-def empty_model(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor without memory, for `torch.empty_like`: the cheapest way to a new tensor of any shape and strides."""
-    with torch.inference_mode(False):
-        model = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    model.untyped_storage().resize_(0)
-    return model
+def _signature(operation: str, *shapes: object) -> int:
+    """A number that differs wherever ranks disagree."""
+    return RowPlan((), "").signature(operation, *shapes)
+
+
+def maker_of(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
+    """A function for a new tensor of these sizes, strides and dtype, with any contents; of a CUDA device, which must be
+    the current one."""
+    # Torch's compiler has a function of its own for this, at half the host time of torch.empty_strided.
+    direct = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    if direct is not None:
+        return cast(Callable[..., torch.Tensor], direct)
+    return lambda sizes, strides, dtype: torch.empty_strided(sizes, strides, dtype=dtype, device=device)
 
 
 class HandleTensors:
@@ -169,7 +344,7 @@ class HandleTensors:
     """
 
     def __init__(self, device: torch.device, outputs: Any, shape: HandleShape, num_ranks: int) -> None:
-        self._device, self._shape, self._num_ranks = device, shape, num_ranks
+        self._new, self._shape, self._num_ranks = maker_of(device), shape, num_ranks
         self._outputs = outputs
         self._part_bytes: int = outputs.small_block_bytes
         self._num_parts = max(1, min(_MAX_PARTS, _SLAB_BYTES // self._part_bytes))
@@ -193,44 +368,41 @@ class HandleTensors:
         return parts.pop()
 
     def _cut(self, num_parts: int) -> list[Handle]:
-        outputs, num_ranks = self._outputs, self._num_ranks
-        num_groups, capacity, _ = self._shape.rows
         # Made in inference mode they could not be changed outside of it, where the next handles may be used.
-        with torch.inference_mode(False):
-            words = torch.empty(num_parts * self._part_bytes // 4, dtype=torch.int32, device=self._device)
-            part = self._part_bytes // 4
-            counts = words.as_strided((num_parts, num_groups), (part, 1), outputs.recv_count_at // 4).unbind()
-            at = self._shape.src_info_at // 4
-            if self._shape.expert_major:
-                src_infos = words.as_strided((num_parts, num_groups, capacity), (part, capacity, 1), at).unbind()
-                longs = words.view(torch.int64)
-                ranges = longs.as_strided((num_parts, num_groups, num_ranks), (part // 2, num_ranks, 1)).unbind()
-            else:
-                num_topk = self._shape.num_topk
-                sizes = (num_parts, num_groups, capacity, num_topk)
-                strides = (part, capacity * num_topk, num_topk, 1)
-                src_infos = words.as_strided(sizes, strides, at).unbind()
-                floats = words.view(torch.float32)
-                if self._shape.with_weights:
-                    ranges = floats.as_strided(sizes, strides, outputs.weights_at // 4).unbind()
-                else:
-                    ranges = floats.as_strided((num_parts, 0), (part, 1)).unbind()
-        block = words.data_ptr()
-        parts = []
-        for count, src_info, layout_range in zip(counts, src_infos, ranges, strict=True):
-            setattr(src_info, PLACES, (self._shape, block))
-            parts.append((count, src_info, layout_range, block))
-            block += self._part_bytes
-        return parts
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._cut(num_parts)
+        words = self._new((num_parts * self._part_bytes // 4,), (1,), torch.int32)
+        with _plain_views():
+            views = self._views(words, num_parts)
+        start = words.data_ptr()
+        places = [(self._shape, start + i * self._part_bytes) for i in range(num_parts)]
+        for src_info, place in zip(views[1], places, strict=True):
+            setattr(src_info, PLACES, place)
+        return list(zip(*views, places, strict=True))
+
+    def _views(self, words: torch.Tensor, num_parts: int) -> tuple[Sequence[torch.Tensor], ...]:
+        """recv_count, src_info and layout_range of all parts."""
+        outputs, num_ranks, part = self._outputs, self._num_ranks, self._part_bytes // 4
+        num_groups, capacity, _ = self._shape.rows
+        counts = words.as_strided((num_parts, num_groups), (part, 1), outputs.recv_count_at // 4).unbind()
+        at = self._shape.src_info_at // 4
+        if self._shape.expert_major:
+            src_infos = words.as_strided((num_parts, num_groups, capacity), (part, capacity, 1), at).unbind()
+            longs = words.view(torch.int64)
+            ranges = longs.as_strided((num_parts, num_groups, num_ranks), (part // 2, num_ranks, 1)).unbind()
+            return counts, src_infos, ranges
+        num_topk = self._shape.num_topk
+        sizes = (num_parts, num_groups, capacity, num_topk)
+        strides = (part, capacity * num_topk, num_topk, 1)
+        src_infos = words.as_strided(sizes, strides, at).unbind()
+        floats = words.view(torch.float32)
+        if self._shape.with_weights:
+            return counts, src_infos, floats.as_strided(sizes, strides, outputs.weights_at // 4).unbind()
+        return counts, src_infos, floats.as_strided((num_parts, 0), (part, 1)).unbind()
 
 
-def is_plain(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...], index: int) -> bool:
-    """Whether kernels can take an optional tensor of the caller as it is."""
-    return (
-        isinstance(tensor, torch.Tensor)
-        and tensor.shape == shape
-        and tensor.dtype is dtype
-        and tensor.get_device() == index
-        and tensor.is_contiguous()
-        and tensor.data_ptr() % 16 == 0
-    )
+def _plain_views() -> AbstractContextManager[Any]:
+    """Views made in here are tensors of their own to autograd, which has no use for these integers and weights: they
+    cost a quarter less."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD_OF_VIEWS)
