@@ -156,8 +156,8 @@ __device__ __forceinline__ void clear_unused(const LowLatencyDispatchArgs& args,
     }
 }
 
-// Waits for all sources: what they send, and where it goes. By all threads of a block. table [num_ranks, num_local]: where
-// the rows of a source in an expert begin. The same answer for all: false after a failure.
+// Waits for what all sources tell of their tokens. By all threads of a block. table [num_ranks, num_local]: how many tokens of
+// a source want an expert. The same answer for all: false after a failure.
 template <bool kBySource>
 __device__ bool await_sources(const LowLatencyDispatchArgs& args, BlockState& block, int num_local,
                               const SmallDivider& by_local, uint32_t* table) {
@@ -175,9 +175,6 @@ __device__ bool await_sources(const LowLatencyDispatchArgs& args, BlockState& bl
         is_good = await_counts(args, block, again, num_local, by_local, table);
         if (__syncthreads_and(is_good) == 0) return false;
     }
-    place_rows<kBySource>(args, block, num_local, table);
-    if (kBySource) clear_unused(args, block);
-    __syncthreads();
     return true;
 }
 
@@ -280,88 +277,145 @@ __device__ __forceinline__ void fan_out(const LowLatencyDispatchArgs& args, cons
     }
 }
 
-// Copies each piece that has come to the rows of the experts that want it, or to its one row. A warp a piece. Rows of a rank
-// that is masked meanwhile are zeros, since ranges or positions count them.
+// The pieces that a warp deals with, one after the other. The own ones come first; blocks that send nothing, if there are any,
+// do these alone.
+struct ItemWalk {
+    int apart, num_apart, apart_stride;
+    int shared, num_items, shared_stride;
+
+    __device__ __forceinline__ ItemWalk(const DispatchPlan& plan, const BlockState& block, int num_ranks) {
+        const int num_blocks = static_cast<int>(gridDim.x), index = static_cast<int>(blockIdx.x);
+        const int warp = static_cast<int>(threadIdx.x / 32);
+        const int num_idle = num_blocks - 1 - plan.num_senders, idle_index = index - 1 - plan.num_senders;
+        num_apart = num_idle > 0 && num_ranks > 1 ? block.first_item[1] : 0;
+        apart = idle_index >= 0 ? idle_index + warp * num_idle : num_apart;
+        apart_stride = num_idle * kNumWarps;
+        shared = num_apart + index + warp * num_blocks;
+        shared_stride = num_blocks * kNumWarps;
+        num_items = block.num_items;
+    }
+    // The next one, below 0 after the last.
+    __device__ __forceinline__ int next() {
+        const bool is_apart = apart < num_apart;
+        int item = is_apart ? apart : shared;
+        if (item >= num_items) item = -1;
+        apart += is_apart ? apart_stride : 0;
+        shared += is_apart ? 0 : shared_stride;
+        return item;
+    }
+};
+
+// A piece, and what lay where it comes when it was opened: all that is awaited is loaded once before any of it is.
+struct Item {
+    int source, token, piece;
+    int begin, end;  // steps
+    bool is_own;     // in one launch the own rows come from x, as this rank would have sent them
+    bool in_lines;
+    uint64_t word;  // the lane's entry
+    PeekedStep peeked;
+};
+
+// By all lanes of a warp. first_item: of the turn that is the lane's, INT32_MAX beyond them.
+__device__ __forceinline__ Item open_item(const LowLatencyDispatchArgs& args, const DispatchPlan& plan,
+                                          const BlockState& block, const RowShape& shape, int first_item,
+                                          int number) {
+    const LowLatencyDomain& ll = args.ll;
+    const int lane = static_cast<int>(threadIdx.x % 32), set = set_of(block.epoch);
+    const int turn = __popc(__ballot_sync(kAllLanes, first_item <= number)) - 1;
+    const int index = number - __shfl_sync(kAllLanes, first_item, turn);
+    Item item{};
+    item.source = source_of(ll.domain, turn);
+    item.token = block.by_pieces[item.source].quotient(index);
+    item.piece = index - item.token * block.num_pieces[item.source];
+    item.is_own = item.source == ll.domain.rank && plan.part == LowLatencyPart::kWhole;
+    item.in_lines = !item.is_own && (block.in_lines >> item.source & 1u) != 0;
+    item.begin = item.piece * block.piece_steps[item.source];
+    item.end = min(item.begin + block.piece_steps[item.source], shape.num_steps);
+    const uint8_t* own = ll.region[ll.domain.rank];
+    if (lane < args.num_topk) {
+        item.word = sync::peek_word(own + ll.layout.dispatch_entries(set, item.source) +
+                                    (static_cast<int64_t>(item.token) * args.num_topk + lane) * 8);
+    }
+    if (item.in_lines) {
+        item.peeked =
+            peek_step(own + ll.layout.dispatch_lines(set, item.source, item.token), item.begin, lane);
+    }
+    return item;
+}
+
+// Copies a piece to the rows of the experts that want it, or to its one row. Rows of a rank that is masked meanwhile are zeros,
+// since ranges or positions count them. False after a failure.
+template <bool kFp8, bool kBySource>
+__device__ __forceinline__ bool receive_item(const LowLatencyDispatchArgs& args, const BlockState& block,
+                                             const RowShape& shape, Item& item, int num_local,
+                                             const uint32_t* table) {
+    const LowLatencyDomain& ll = args.ll;
+    const int lane = static_cast<int>(threadIdx.x % 32), set = set_of(block.epoch);
+    const int source = item.source, token = item.token, num_topk = args.num_topk;
+    const uint8_t* own = ll.region[ll.domain.rank];
+    const uint8_t* line_row = own + ll.layout.dispatch_lines(set, source, item.in_lines ? token : 0);
+    const uint8_t* slot = own + ll.layout.dispatch_slot(set, source, token);
+    Target target;
+    sync::Came came = sync::Came::kHere;
+#pragma unroll 1
+    for (int step = item.begin; step < item.end; ++step) {
+        RowStep what{};
+        if (item.is_own) {
+            const uint8_t* x = args.x + static_cast<int64_t>(token) * args.hidden * 2;
+            what = encode<kFp8>(load_source<kFp8>(x, shape, step, lane), shape, step, args.format, lane);
+        }
+        if (step == item.begin) {
+            if (!await_entries<kBySource>(args, block, source, token, item.word, num_local, table, target))
+                return false;
+            if (__ballot_sync(kAllLanes, target.entry >= 0) == 0) break;
+            if (item.in_lines) {
+                came = await_step(ll, kKind, source, block.epoch, line_row, step, lane, item.peeked);
+            } else if (!item.is_own) {
+                came = sync::await_piece(
+                    ll, kKind, source, ll.layout.dispatch_flag(set, source, token, item.piece), block.epoch);
+            }
+            if (came == sync::Came::kFailed) return false;
+        }
+        if (!item.is_own && came == sync::Came::kHere) {
+            what = item.in_lines ? item.peeked.step(lane)
+                                 : load_step(slot, reinterpret_cast<const uint32_t*>(slot + shape.num_bytes),
+                                             shape, step, lane);
+        }
+        fan_out<kBySource>(args, shape, what, target, step);
+    }
+    if (item.piece != 0) return true;
+    if (!kBySource && target.entry >= 0) args.src_info[target.row] = token;
+    if (lane < num_topk) {
+        const int64_t at = (static_cast<int64_t>(source) * args.num_max_tokens + token) * num_topk + lane;
+        const int expert = target.entry < 0 ? -1 : entry_expert(target.entry);
+        args.positions[at] = expert < 0 || kBySource ? expert : pack_position(expert, target.in_group);
+    }
+    if (kBySource && args.recv_stats != nullptr) count_token(args.recv_stats, target.entry);
+    return args.weights == nullptr || keep_weights(args, block, source, token, target);
+}
+
+// By all threads of a block, after await_sources(): decides where rows lie, and copies those that come. Each warp's first piece
+// is looked at before it is known where it goes.
 template <bool kFp8, bool kBySource>
 __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchPlan& plan,
-                             const BlockState& block, int num_local, const uint32_t* table) {
-    const LowLatencyDomain& ll = args.ll;
+                             const BlockState& block, int num_local, uint32_t* table) {
     const RowShape shape = RowShape::of(args.hidden, kFp8, args.format);
-    const int num_ranks = ll.domain.num_ranks, rank = ll.domain.rank, num_topk = args.num_topk;
-    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-    const int set = set_of(block.epoch);
-    const uint64_t epoch = block.epoch;
-    uint8_t* own = ll.region[rank];
+    const int num_ranks = args.ll.domain.num_ranks, lane = static_cast<int>(threadIdx.x % 32);
     const int first_item = lane < num_ranks ? block.first_item[lane] : INT32_MAX;
-    // The own items come first. Blocks that send nothing, if there are any, do these alone.
-    const int num_blocks = static_cast<int>(gridDim.x), index = static_cast<int>(blockIdx.x);
-    const int num_idle = num_blocks - 1 - plan.num_senders, idle_index = index - 1 - plan.num_senders;
-    const int num_apart = num_idle > 0 && num_ranks > 1 ? block.first_item[1] : 0;
-    int apart = idle_index >= 0 ? idle_index + warp * num_idle : num_apart;
-    int shared = num_apart + index + warp * num_blocks;
+    ItemWalk walk(plan, block, num_ranks);
+    bool is_placed = false;
 #pragma unroll 1
-    while (apart < num_apart || shared < block.num_items) {
-        const bool is_apart = apart < num_apart;
-        const int item = is_apart ? apart : shared;
-        apart += is_apart ? num_idle * kNumWarps : 0;
-        shared += is_apart ? 0 : num_blocks * kNumWarps;
-        const int turn = __popc(__ballot_sync(kAllLanes, first_item <= item)) - 1;
-        const int source = source_of(ll.domain, turn);
-        const int index = item - __shfl_sync(kAllLanes, first_item, turn);
-        const int token = block.by_pieces[source].quotient(index);
-        const int piece = index - token * block.num_pieces[source];
-        // In one launch the own rows come from x, as this rank would have sent them.
-        const bool is_own = source == rank && plan.part == LowLatencyPart::kWhole;
-        const bool in_lines = !is_own && (block.in_lines >> source & 1u) != 0;
-        const int begin = piece * block.piece_steps[source];
-        const int end = min(begin + block.piece_steps[source], shape.num_steps);
-        uint8_t* line_row = own + ll.layout.dispatch_lines(set, source, in_lines ? token : 0);
-        const uint8_t* slot = own + ll.layout.dispatch_slot(set, source, token);
-        // All that is awaited is loaded once before any of it is.
-        uint64_t word = 0;
-        if (lane < num_topk) {
-            word = sync::peek_word(own + ll.layout.dispatch_entries(set, source) +
-                                   (static_cast<int64_t>(token) * num_topk + lane) * 8);
+    for (int number = walk.next();; number = walk.next()) {
+        Item item{};
+        if (number >= 0) item = open_item(args, plan, block, shape, first_item, number);
+        if (!is_placed) {
+            place_rows<kBySource>(args, block, num_local, table);
+            if (kBySource) clear_unused(args, block);
+            __syncthreads();
+            is_placed = true;
         }
-        PeekedStep peeked{};
-        if (in_lines) peeked = peek_step(line_row, begin, lane);
-        Target target;
-        sync::Came came = sync::Came::kHere;
-#pragma unroll 1
-        for (int step = begin; step < end; ++step) {
-            RowStep what{};
-            if (is_own) {
-                const uint8_t* x = args.x + static_cast<int64_t>(token) * args.hidden * 2;
-                what = encode<kFp8>(load_source<kFp8>(x, shape, step, lane), shape, step, args.format, lane);
-            }
-            if (step == begin) {
-                if (!await_entries<kBySource>(args, block, source, token, word, num_local, table, target))
-                    return;
-                if (__ballot_sync(kAllLanes, target.entry >= 0) == 0) break;
-                if (in_lines) {
-                    came = await_step(ll, kKind, source, epoch, line_row, step, lane, peeked);
-                } else if (!is_own) {
-                    came = sync::await_piece(ll, kKind, source,
-                                             ll.layout.dispatch_flag(set, source, token, piece), epoch);
-                }
-                if (came == sync::Came::kFailed) return;
-            }
-            if (!is_own && came == sync::Came::kHere) {
-                what = in_lines ? peeked.step(lane)
-                                : load_step(slot, reinterpret_cast<const uint32_t*>(slot + shape.num_bytes),
-                                            shape, step, lane);
-            }
-            fan_out<kBySource>(args, shape, what, target, step);
-        }
-        if (piece != 0) continue;
-        if (!kBySource && target.entry >= 0) args.src_info[target.row] = token;
-        if (lane < num_topk) {
-            const int64_t at = (static_cast<int64_t>(source) * args.num_max_tokens + token) * num_topk + lane;
-            const int expert = target.entry < 0 ? -1 : entry_expert(target.entry);
-            args.positions[at] = expert < 0 || kBySource ? expert : pack_position(expert, target.in_group);
-        }
-        if (kBySource && args.recv_stats != nullptr) count_token(args.recv_stats, target.entry);
-        if (args.weights != nullptr && !keep_weights(args, block, source, token, target)) return;
+        if (number < 0) return;
+        if (!receive_item<kFp8, kBySource>(args, block, shape, item, num_local, table)) return;
     }
 }
 
