@@ -211,7 +211,9 @@ py::tuple identity_of_device(int device) {
 
 py::dict reach_of_device(int device) {
     py::dict result;
-    for (const auto& [uuid, reachable] : device_reach(device)) result[py::bytes(uuid)] = reachable;
+    for (const DeviceReach& reach : device_reach(device)) {
+        result[py::bytes(reach.uuid)] = py::make_tuple(reach.can_map, reach.over_nvlink);
+    }
     return result;
 }
 

@@ -226,15 +226,16 @@ void load_kernels() {
 
 void bind_kernels(py::module_& m) {
     m.def("load_low_latency_kernels", &load_kernels);
-    // masked and last_waits_ns: addresses of uint32 [R] and uint64 [2, R].
+    // carries_lines: whether lines arrive whole at every rank. masked and last_waits_ns: addresses of uint32 [R] and uint64 [2, R].
     py::class_<LowLatencyPeers>(m, "LowLatencyPeers")
         .def(py::init([](const PeerDomain& peers, const std::vector<Address>& regions, int num_max_tokens,
-                         int num_topk, int num_experts, int64_t hidden, Address masked, Address last_waits_ns,
-                         double mask_after_s) {
+                         int num_topk, int num_experts, int64_t hidden, bool carries_lines, Address masked,
+                         Address last_waits_ns, double mask_after_s) {
                  const LowLatencyShared shared{pointer<uint32_t>(masked), pointer<uint64_t>(last_waits_ns),
                                                static_cast<uint64_t>(mask_after_s * 1e9)};
-                 const auto layout = layout_of(static_cast<int>(regions.size()), num_max_tokens, num_topk,
-                                               num_experts, hidden);
+                 auto layout = layout_of(static_cast<int>(regions.size()), num_max_tokens, num_topk,
+                                         num_experts, hidden);
+                 if (!carries_lines) layout.dispatch_line_tokens = layout.combine_line_tokens = 0;
                  return std::make_unique<LowLatencyPeers>(peers, regions, layout, shared);
              }),
              py::keep_alive<1, 2>())

@@ -153,7 +153,7 @@ def cuda_dequantize_rows(
     stream: int,
 ) -> None: ...
 def device_identity(device: int) -> tuple[bytes, str]: ...
-def device_reach(device: int) -> dict[bytes, bool]: ...
+def device_reach(device: int) -> dict[bytes, tuple[bool, bool]]: ...
 
 class SymmetricHeap:
     def __init__(self, device: int, rank: int, num_ranks: int, kind: int, reserve_bytes: int) -> None: ...
@@ -431,6 +431,7 @@ class LowLatencyPeers:
         num_topk: int,
         num_experts: int,
         hidden: int,
+        carries_lines: bool,
         masked: int,
         last_waits_ns: int,
         mask_after_s: float,

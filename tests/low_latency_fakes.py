@@ -72,6 +72,7 @@ class FakeMemory:
     """Symmetric memory of ranks that agree, unless a test says what the others answer."""
 
     def __init__(self, num_ranks: int = 3) -> None:
+        self.carries_lines = True
         self.bases, self.room, self.growth = [(1 + rank) << 20 for rank in range(num_ranks)], 1 << 30, 0
         self.blocks: list[int] = []
         self.returned: list[int] = []

@@ -91,7 +91,7 @@ def test_the_region_is_reserved_once_and_serves_smaller_calls(ll):
     peers = ll.regions.current.peers
     assert peers.clears == 1
     assert peers.regions == [base + 512 for base in memory.bases]
-    assert peers.rest == (*shape, ll.masked.data_ptr(), ll._waits.data_ptr(), 0.5)
+    assert peers.rest == (*shape, True, ll.masked.data_ptr(), ll._waits.data_ptr(), 0.5)
     assert ll.regions.usage() == {"low_latency_bytes": shape.num_bytes(3)}
     # All ranks have cleared theirs before anyone uses it.
     assert [name for name, _ in memory.asked] == ["low-latency region", "low-latency region is ready"]

@@ -4,17 +4,19 @@ import os
 import random
 import socket
 import time
+import uuid
+from types import SimpleNamespace
 
 import pytest
 import torch
 from harness import RankContext, run_ranks, spawn_fresh
 
 from deep_ep._native import _C
-from deep_ep.engines import peer_links
+from deep_ep.engines import nvml, peer_links, peer_reach
 from deep_ep.engines.mesh import Members, SoloComm, members_of
 from deep_ep.engines.peer_links import GroupLinks, SocketLinks, close_fds
 from deep_ep.engines.peer_memory import PeerMemory
-from deep_ep.engines.peer_reach import DeviceReport, check_reports, missing_pairs
+from deep_ep.engines.peer_reach import DeviceReport, carries_lines, check_reports, missing_pairs
 from deep_ep.errors import CommTimeout, ConfigError, PeerError, TopologyError
 
 MIB = 1 << 20
@@ -103,6 +105,90 @@ def test_missing_pairs_are_named():
         check_reports(one_way, False)
     # A GPU that the process does not see is left to the mapping, and one GPU always reaches itself.
     assert missing_pairs([_report("a", {"a": True}), _report("b", {"b": True}), _report("b", {"b": False})]) == []
+
+
+def _linked(name: str, nvlink: dict[str, bool], host: str = "h") -> DeviceReport:
+    return DeviceReport(name.encode(), "bus", host, {}, nvlink={k.encode(): v for k, v in nvlink.items()})
+
+
+def test_lines_are_for_nvlink():
+    """Between all pairs, within a GPU, and between hosts, which only NVLink joins; not where it is not known."""
+    both = {"a": True, "b": True}
+    assert carries_lines([_linked("a", both), _linked("b", both)])
+    assert carries_lines([_linked("a", {"a": True}), _linked("a", {"a": True})])
+    assert carries_lines([_linked("a", {"a": True}, "h1"), _linked("b", {"b": True}, "h2")])
+    assert not carries_lines([_linked("a", {"a": True}), _linked("b", both)])
+    assert not carries_lines([_linked("a", {"a": True, "b": False}), _linked("b", both)])
+    assert not carries_lines([_linked("a", both), _linked("b", {})])
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_report_knows_the_links(monkeypatch, hidden, refused):
+    own, other, far = b"a" * 16, b"b" * 16, b"c" * 16
+    monkeypatch.setattr(peer_reach, "_C", SimpleNamespace(has_cuda=True))
+    monkeypatch.setattr(peer_reach._C, "device_identity", lambda index: (own, "bus"), raising=False)
+    reach = {own: (True, True), other: (True, False)}
+    monkeypatch.setattr(peer_reach._C, "device_reach", lambda index: reach, raising=False)
+    monkeypatch.setattr(peer_reach, "nvlink_to", lambda uuid: {other: True, far: True})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("DEEP_EP_LINES", "0" if refused else "")
+    report = peer_reach.report_device(torch.device("cuda", 0))
+    assert report.reach == {own: True, other: True} and not report.error
+    # CUDA knows best; NVML adds what CUDA does not see.
+    known = {own: True, other: False} | ({far: True} if hidden else {})
+    assert report.nvlink == ({} if refused else known)
+
+
+class FakeNvml:
+    """Three GPUs, of which the first two are joined, and the third cannot be asked about."""
+
+    def __init__(self, init: int = 0) -> None:
+        self.init, self.ended = init, 0
+
+    def nvmlInit_v2(self) -> int:
+        return self.init
+
+    def nvmlShutdown(self) -> int:
+        self.ended += 1
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count) -> int:
+        count._obj.value = 3
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle) -> int:
+        handle._obj.value = 100 + index
+        return 0
+
+    def nvmlDeviceGetUUID(self, handle, text, size) -> int:
+        text.value = f"GPU-{uuid.UUID(int=handle.value)}".encode()
+        return 0
+
+    def nvmlDeviceGetP2PStatus(self, own, other, what, status) -> int:
+        assert what == 2
+        status._obj.value = 0 if {own.value, other.value} == {100, 101} else 3
+        return 999 if other.value == 102 and own.value == 101 else 0
+
+
+def test_nvml_tells_of_hidden_gpus(monkeypatch):
+    ids = [uuid.UUID(int=100 + index).bytes for index in range(3)]
+    library = FakeNvml()
+    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda name: library)
+    assert nvml.nvlink_to(ids[0]) == {ids[1]: True, ids[2]: False}
+    assert nvml.nvlink_to(ids[1]) == {ids[0]: True}
+    assert nvml.nvlink_to(b"x" * 16) == {}
+    assert library.ended == 3
+    library.init = 9
+    assert nvml.nvlink_to(ids[0]) == {}
+
+    def missing(name: str):
+        raise OSError(name)
+
+    monkeypatch.setattr(nvml.ctypes, "CDLL", missing)
+    assert nvml.nvlink_to(ids[0]) == {}
 
 
 def test_hosts_and_broken_ranks_are_named():

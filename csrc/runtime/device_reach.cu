@@ -15,21 +15,24 @@ DeviceIdentity device_identity(int device) {
     return {std::string(uuid.bytes, sizeof(uuid.bytes)), bus};
 }
 
-std::vector<std::pair<std::string, bool>> device_reach(int device) {
+std::vector<DeviceReach> device_reach(int device) {
     const Driver& d = driver();
     CUdevice own = 0;
     check_driver(d.device_get(&own, device), "cuDeviceGet");
     int count = 0;
     check_driver(d.device_get_count(&count), "cuDeviceGetCount");
-    std::vector<std::pair<std::string, bool>> reach;
+    std::vector<DeviceReach> reach;
     for (int other = 0; other < count; ++other) {
-        int can_access = other == device;
+        int can_access = other == device, has_atomics = other == device;
         if (other != device) {
             CUdevice peer = 0;
             check_driver(d.device_get(&peer, other), "cuDeviceGet");
             check_driver(d.device_can_access_peer(&can_access, own, peer), "cuDeviceCanAccessPeer");
+            check_driver(d.device_get_p2p_attribute(
+                             &has_atomics, CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED, own, peer),
+                         "cuDeviceGetP2PAttribute");
         }
-        reach.emplace_back(device_identity(other).uuid, can_access != 0);
+        reach.push_back({device_identity(other).uuid, can_access != 0, can_access != 0 && has_atomics != 0});
     }
     return reach;
 }

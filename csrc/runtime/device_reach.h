@@ -2,7 +2,6 @@
 #pragma once
 
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace deep_ep {
@@ -13,7 +12,12 @@ struct DeviceIdentity {
     std::string pci_bus;  // "0000:1b:00.0"
 };
 DeviceIdentity device_identity(int device);
-// For each visible GPU: its UUID, and whether `device` can map its memory (itself included).
-std::vector<std::pair<std::string, bool>> device_reach(int device);
+// What lies between `device` and a visible GPU, or itself.
+struct DeviceReach {
+    std::string uuid;
+    bool can_map;      // its memory
+    bool over_nvlink;  // by links with native atomics; itself included
+};
+std::vector<DeviceReach> device_reach(int device);
 
 }  // namespace deep_ep

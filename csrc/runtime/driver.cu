@@ -43,6 +43,7 @@ Driver load() {
     look_up("cuDeviceGetPCIBusId", d.device_get_pci_bus_id);
     look_up("cuDeviceGetAttribute", d.device_get_attribute);
     look_up("cuDeviceCanAccessPeer", d.device_can_access_peer);
+    look_up("cuDeviceGetP2PAttribute", d.device_get_p2p_attribute);
     look_up("cuDeviceTotalMem", d.device_total_mem);
     look_up("cuDevicePrimaryCtxRetain", d.primary_ctx_retain);
     look_up("cuDevicePrimaryCtxRelease", d.primary_ctx_release);

@@ -17,6 +17,7 @@ struct Driver {
     PFN_cuDeviceGetPCIBusId_v4010 device_get_pci_bus_id;
     PFN_cuDeviceGetAttribute_v2000 device_get_attribute;
     PFN_cuDeviceCanAccessPeer_v4000 device_can_access_peer;
+    PFN_cuDeviceGetP2PAttribute_v8000 device_get_p2p_attribute;
     PFN_cuDeviceTotalMem_v3020 device_total_mem;
     PFN_cuDevicePrimaryCtxRetain_v7000 primary_ctx_retain;
     PFN_cuDevicePrimaryCtxRelease_v11000 primary_ctx_release;

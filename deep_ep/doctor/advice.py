@@ -37,6 +37,7 @@ VARIABLES = frozenset(
         "DEEP_EP_CUDA_ARCHS",
         "DEEP_EP_DEBUG_DELAYS",
         "DEEP_EP_ENGINE",
+        "DEEP_EP_LINES",
         "DEEP_EP_MASK_TIMEOUT_US",
         "DEEP_EP_MAX_POOL_BYTES",
         "DEEP_EP_NVL_DOMAIN",

@@ -138,6 +138,7 @@ class Regions:
             self._kernels.domain,
             addresses,
             *shape,
+            memory.carries_lines,
             self._masked.data_ptr(),
             self._waits.data_ptr(),
             self._mask_after_s,

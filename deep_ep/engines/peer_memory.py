@@ -24,7 +24,7 @@ from .._native import _C
 from ..errors import BufferDestroyed, ConfigError, PeerError, PoolExhausted, TopologyError
 from .mesh import Members, resolve_timeout
 from .peer_links import GroupLinks, Links, SocketLinks, close_fds
-from .peer_reach import check_reports, report_device
+from .peer_reach import carries_lines, check_reports, report_device
 from .pool import BlockPool, current_stream_of, free_abandoned, is_capturing
 
 logger = logging.getLogger("deep_ep")
@@ -125,6 +125,7 @@ class PeerMemory:
         rank, num_ranks, device, kind: as given or chosen.
         num_sharing: ranks on this rank's GPU, itself included.
         max_sharing: the largest `num_sharing` of the ranks, the same on all of them.
+        carries_lines: see `deep_ep.engines.peer_reach.carries_lines`; the same on all of them.
 
     Raises (on all ranks):
         TopologyError: a pair of ranks cannot map each other's memory.
@@ -155,6 +156,7 @@ class PeerMemory:
         self.rank, self.num_ranks, self.device = members.rank, members.size, device
         reports = members.gather(report_device(device))
         check_reports(reports, use_fabric or kind == "fabric")
+        self.carries_lines = carries_lines(reports)
         sharing = Counter(report.uuid for report in reports)
         self.num_sharing, self.max_sharing = sharing[reports[self.rank].uuid], max(sharing.values())
         if str(device) == "cuda":

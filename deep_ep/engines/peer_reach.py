@@ -1,15 +1,17 @@
-"""Which ranks of an NVLink domain can map whose memory."""
+"""Which ranks of an NVLink domain can map whose memory, and what lies between them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .._native import _C
 from ..errors import TopologyError
 from ..topology import host_identity
+from .nvml import nvlink_to
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class DeviceReport:
         host: `deep_ep.topology.host_identity`.
         reach: for the GPUs that this process sees, by UUID, whether its own GPU can map their memory.
         error: why there is no report, else empty.
+        nvlink: for GPUs of the host, by UUID, whether NVLink joins its own GPU to them. What is not known is missing.
     """
 
     uuid: bytes
@@ -29,6 +32,7 @@ class DeviceReport:
     host: str
     reach: dict[bytes, bool]
     error: str = ""
+    nvlink: dict[bytes, bool] = field(default_factory=dict)
 
 
 def report_device(device: torch.device) -> DeviceReport:
@@ -38,7 +42,14 @@ def report_device(device: torch.device) -> DeviceReport:
     try:
         index = device.index if device.index is not None else torch.cuda.current_device()
         uuid, pci_bus = _C.device_identity(index)
-        return DeviceReport(uuid, pci_bus, host_identity(), _C.device_reach(index))
+        reach = _C.device_reach(index)
+        # NVML shows GPUs that are hidden from CUDA as well.
+        nvlink = nvlink_to(uuid) if "CUDA_VISIBLE_DEVICES" in os.environ else {}
+        nvlink |= {other: over_nvlink for other, (_, over_nvlink) in reach.items()}
+        if os.environ.get("DEEP_EP_LINES", "").strip() == "0":
+            nvlink.clear()
+        can_map = {other: can for other, (can, _) in reach.items()}
+        return DeviceReport(uuid, pci_bus, host_identity(), can_map, nvlink=nvlink)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         return DeviceReport(b"", "", host_identity(), {}, str(error))
 
@@ -55,6 +66,20 @@ def missing_pairs(reports: Sequence[DeviceReport]) -> list[tuple[int, int]]:
         for peer, theirs in enumerate(reports)
         if mine.uuid != theirs.uuid and not mine.reach.get(theirs.uuid, True)
     ]
+
+
+def carries_lines(reports: Sequence[DeviceReport]) -> bool:
+    """Whether 128 bytes that a GPU stores at once arrive at once at that of every other rank.
+
+    They do over NVLink and within a GPU. False where a pair is joined otherwise, or it is not known how, or a rank sets
+    `DEEP_EP_LINES=0`.
+    """
+
+    def joined(mine: DeviceReport, theirs: DeviceReport) -> bool:
+        # Hosts are joined by an NVLink fabric or not at all.
+        return mine.uuid == theirs.uuid or mine.host != theirs.host or mine.nvlink.get(theirs.uuid, False)
+
+    return all(mine.nvlink and joined(mine, theirs) for mine in reports for theirs in reports)
 
 
 def check_reports(reports: Sequence[DeviceReport], use_fabric: bool) -> None:
