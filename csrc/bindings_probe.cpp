@@ -3,6 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "kernels/probe_launch.h"
 
 namespace py = pybind11;
@@ -49,6 +52,33 @@ void probe_flags(Address own_flag, Address peer_flag, Address payload, Address p
                        pointer(stream));
 }
 
+void probe_lines(Address own, Address peer, int rank, int peer_rank, int rounds, int planted, int num_sms,
+                 int channels, double timeout_s, Address counts, Address stream) {
+    constexpr double kMostSeconds = 600;
+    if (!(timeout_s > 0 && timeout_s <= kMostSeconds)) {
+        throw std::invalid_argument("deep_ep: probe: timeout_s is " + std::to_string(timeout_s) +
+                                    ", expected more than 0 and at most 600");
+    }
+    launch_probe_lines(
+        {pointer<uint8_t>(own), pointer<uint8_t>(peer), rank, peer_rank, rounds,
+         static_cast<LineFault>(planted), static_cast<uint64_t>(timeout_s * 1e9), pointer<uint64_t>(counts)},
+        num_sms, channels, pointer(stream));
+}
+
+py::tuple line_counts() {
+    py::tuple names(kNumLineCounts);
+    for (int i = 0; i < kNumLineCounts; ++i) names[i] = kLineCounts[i];
+    return names;
+}
+
+py::dict line_faults() {
+    py::dict result;
+    for (const PlantedLineFault& planted : kPlantedLineFaults) {
+        result[planted.name] = static_cast<int>(planted.fault);
+    }
+    return result;
+}
+
 }  // namespace
 
 void bind_probes(py::module_& m) {
@@ -65,6 +95,11 @@ void bind_probes(py::module_& m) {
     m.def("probe_flags", &probe_flags, py::kw_only(), "own_flag"_a, "peer_flag"_a, "payload"_a,
           "peer_payload"_a, "payload_bytes"_a, "first"_a, "rounds"_a, "starts"_a, "timeout_s"_a, "result"_a,
           "stream"_a, NoGil());
+    m.attr("PROBE_LINES_COUNTS") = line_counts();
+    m.attr("PROBE_LINES_FAULTS") = line_faults();
+    m.def("probe_lines_bytes", &probe_lines_bytes, "num_channels"_a);
+    m.def("probe_lines", &probe_lines, py::kw_only(), "own"_a, "peer"_a, "rank"_a, "peer_rank"_a, "rounds"_a,
+          "planted"_a, "num_sms"_a, "channels"_a, "timeout_s"_a, "counts"_a, "stream"_a, NoGil());
 }
 
 }  // namespace deep_ep

@@ -327,6 +327,25 @@ def probe_flags(
     stream: int,
 ) -> None: ...
 
+PROBE_LINES_COUNTS: tuple[str, ...]
+PROBE_LINES_FAULTS: dict[str, int]
+
+def probe_lines_bytes(num_channels: int) -> int: ...
+def probe_lines(
+    *,
+    own: int,
+    peer: int,
+    rank: int,
+    peer_rank: int,
+    rounds: int,
+    planted: int,
+    num_sms: int,
+    channels: int,
+    timeout_s: float,
+    counts: int,
+    stream: int,
+) -> None: ...
+
 # Low-latency operations: see csrc/layout/low_latency_layout.h. L local experts, R ranks, M tokens a rank, K selections.
 LOW_LATENCY_LIMITS: dict[str, int]
 

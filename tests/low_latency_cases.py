@@ -78,8 +78,8 @@ def finish_call(case: LowLatencyCase, event: Any, hook: Any) -> None:
             event.current_stream_wait()
 
 
-def run_case(ctx: RankContext, case: LowLatencyCase) -> dict[str, Any]:
-    buffer = ll_buffer(ctx, case.domain)
+def run_case(ctx: RankContext, case: LowLatencyCase, buffer: Any = None) -> dict[str, Any]:
+    buffer = ll_buffer(ctx, case.domain) if buffer is None else buffer
     x, idx, weights = (t.to(ctx.device) for t in make_inputs(case, ctx.rank))
     rows = make_expert_rows(case, ctx.rank).to(ctx.device)
     how = {"async_finish": case.finish == "async", "return_recv_hook": case.finish == "hook"}

@@ -160,18 +160,20 @@ def test_signatures_differ_where_operations_do(bare_kernels):
         ((1, 2, 5, 2, 9, 8), CommTimeout, ["combine", "rank 2", "pushed rows"]),
         ((2, 2, 1, 2, 0xAB, 0xCD), PeerError, ["combine", "rank 2", "0xab", "0xcd", "same order"]),
         ((4, 1, 3, 1, 5, 2**64 - 7), ConfigError, ["get_dispatch_layout: topk_idx[5, 1] is -7", "-1"]),
-        ((4, 2, 3, 0, 2, 99), ConfigError, ["low_latency_combine: topk_idx[2, 0] is 99"]),
+        ((4, 3, 3, 0, 2, 99), ConfigError, ["low_latency_dispatch: topk_idx[2, 0] is 99"]),
+        ((4, 4, 3, 0, 2, 99), ConfigError, ["low_latency_combine: topk_idx[2, 0] is 99"]),
+        ((1, 3, 5, 2, 9, 8), CommTimeout, ["low_latency_dispatch", "rank 2", "pushed rows"]),
         ((5, 2, 1, 3, 0, 0), PeerError, ["combine: rank 3 gave the operation up"]),
         ((9, 0, 0, 0, 0, 0), PeerError, ["an operation", "error 9"]),
     ],
 )
 def test_messages_of_failures(record, kind, words):
-    error = failure(record, 0, 2.0, {"dispatch_layout": 3, "low_latency_combine": 1})
+    error = failure(record, 0, 2.0)
     assert type(error) is kind
     assert [word for word in words if word not in str(error)] == []
     if kind is CommTimeout:
         assert (error.peer, error.waited_s) == (record[3], 2.0)
-        assert error.operation == {1: "dispatch", 2: "combine"}[record[1]]
+        assert error.operation == {1: "dispatch", 2: "combine", 3: "low_latency_dispatch"}[record[1]]
     if kind is PeerError and record[0] != 9:
         assert error.peer == record[3]
 

@@ -517,7 +517,7 @@ def test_a_lost_rank_is_named(how, early):
     rest = spawn_fresh(2, run_without, 1, how, False, early, timeout=90, env=CUDA_ENV)[0]
     assert rest is not None
     assert rest[:2] == ("CommTimeout", 1), rest
-    assert "rank 1" in rest[2]
+    assert "rank 1" in rest[2] and "low_latency_dispatch" in rest[2], rest
 
 
 def run_masked_by_hand(ctx: RankContext, early: bool) -> None:

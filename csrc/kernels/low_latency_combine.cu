@@ -61,7 +61,7 @@ __device__ void send_selections(const LowLatencyCombineArgs& args, const Combine
         }
         const int expert = existing(args, given);
         if (expert < 0 && given != -1) {
-            sync::report_apart(ll.domain, DeviceError::kExpertRange, Operation::kCombine, Phase::kLayout,
+            sync::report_apart(ll.domain, DeviceError::kExpertRange, Operation::kLowLatencyCombine, Phase::kLayout,
                                plan.by_topk.remainder(i), plan.by_topk.quotient(i),
                                static_cast<uint64_t>(given));
         }

@@ -121,8 +121,9 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
             if (expert < 0 && given != -1) bad = i;
         }
         if (bad >= 0) {
-            sync::report_apart(ll.domain, DeviceError::kExpertRange, Operation::kDispatch, Phase::kLayout,
-                               plan.by_topk.remainder(bad), first + plan.by_topk.quotient(bad),
+            sync::report_apart(ll.domain, DeviceError::kExpertRange, Operation::kLowLatencyDispatch,
+                               Phase::kLayout, plan.by_topk.remainder(bad),
+                               first + plan.by_topk.quotient(bad),
                                static_cast<uint64_t>(selection(args, base + bad)));
         }
         __syncthreads();

@@ -1,10 +1,12 @@
 // Probes of what a link and the SMs can do: the least that dispatch and combine have to move, without their
-// bookkeeping. They are the limits that benchmarks and the doctor hold the operations against. Free of CUDA headers.
+// bookkeeping. They are the limits that benchmarks and the doctor hold the operations against. probe_lines asks the
+// hardware for what low-latency rows rely on instead. Free of CUDA headers.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/launch.h"
+#include "layout/low_latency_layout.h"
 
 namespace deep_ep {
 
@@ -76,5 +78,53 @@ struct ProbeFlagsArgs {
     uint64_t* result;  // [2]: ns from the end of the first round to the end of the last; rounds completed
 };
 void launch_probe_flags(const ProbeFlagsArgs& args, Stream stream);
+
+// What probe_lines counts, in this order. A torn step is one whose tags were all there while some words were not.
+enum class LineCount : int {
+    kSteps = 0,      // received and compared
+    kTorn = 1,       // of these, steps with any wrong word; by kind below, and a step may be of several kinds
+    kHalves = 2,     // wrong: a word that travels in its place
+    kDisplaced = 3,  // a word whose place a tag took
+    kScales = 4,     // a word of scales
+    kCaught = 5,     // looks that found some lines of a step there and others not yet
+    kLate = 6        // warps that gave up at the deadline
+};
+constexpr const char* kLineCounts[] = {"steps", "torn", "halves", "displaced", "scales", "caught", "late"};
+constexpr int kNumLineCounts = sizeof(kLineCounts) / sizeof(kLineCounts[0]);
+
+// What a test plants in every 16th step that a rank sends, so that the peer has something to count.
+enum class LineFault : int { kNone = 0, kHalf = 1, kDisplaced = 2, kScale = 3, kTagFirst = 4 };
+
+struct PlantedLineFault {
+    const char* name;
+    LineFault fault;
+};
+// A wrong word of a kind, or tags that are there 2 us before their words.
+constexpr PlantedLineFault kPlantedLineFaults[] = {
+    {"halves", LineFault::kHalf},
+    {"displaced", LineFault::kDisplaced},
+    {"scales", LineFault::kScale},
+    {"tags first", LineFault::kTagFirst},
+};
+
+// Two ranks, or a rank and itself, send each other steps in lines, as low-latency rows travel, and compare every word
+// of what comes. A channel is a warp that sends and one that receives; all of both ranks must find an SM at once.
+struct ProbeLinesArgs {
+    // probe_lines_bytes() each, at multiples of 128, zeroed before the ranks meet for a launch.
+    uint8_t* own;  // written by the peer
+    uint8_t* peer;
+    int rank, peer_rank;  // that the words depend on
+    int rounds;           // steps of a channel, from 1
+    LineFault planted;
+    uint64_t timeout_ns;  // of the whole kernel
+    uint64_t* counts;     // [kNumLineCounts], of what this rank receives; added to
+};
+void launch_probe_lines(const ProbeLinesArgs& args, int num_sms, int channels, Stream stream);
+
+// `num_channels`: of all SMs. The steps of each set of a channel, then the words that acknowledge them.
+DEEP_EP_HOST_DEVICE int64_t probe_lines_bytes(int num_channels) {
+    return static_cast<int64_t>(num_channels) * kNumSets *
+           (kLineStepBytes + static_cast<int>(sizeof(uint64_t)));
+}
 
 }  // namespace deep_ep

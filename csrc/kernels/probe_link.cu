@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "kernels/probe_checks.h"
 #include "kernels/probe_launch.h"
 #include "layout/piece_walk.h"
 #include "ptx/bulk_copy.cuh"
@@ -165,18 +166,6 @@ __global__ void __launch_bounds__(kFlagThreads) probe_flags(const __grid_constan
     }
 }
 
-void check_range(int value, int low, int high, const char* what) {
-    if (value >= low && value <= high) return;
-    throw std::invalid_argument(std::string("deep_ep: probe: ") + what + " is " + std::to_string(value) +
-                                ", expected " + std::to_string(low) + " to " + std::to_string(high));
-}
-
-void check_multiple_of_16(int64_t bytes, const char* what) {
-    if (bytes >= 0 && bytes % 16 == 0) return;
-    throw std::invalid_argument(std::string("deep_ep: probe: ") + what + " is " + std::to_string(bytes) +
-                                ", expected a multiple of 16");
-}
-
 template <int kBehind>
 void launch_push(const ProbePushArgs& args, const PushLayout& layout, const ProbePushShape& shape, int shared,
                  cudaStream_t stream) {
@@ -193,8 +182,8 @@ void launch_probe_push(const ProbePushArgs& args, const ProbePushShape& shape, S
     check_range(shape.behind, 0, kMaxBehind, "behind");
     check_range(shape.ahead, 1, kMaxStages - 1 - shape.behind, "ahead");
     check_range(shape.piece_bytes, 16, kMaxSharedBytes, "piece_bytes");
-    check_multiple_of_16(args.row_bytes, "row_bytes");
-    check_multiple_of_16(args.scale_bytes, "scale_bytes");
+    check_multiple(args.row_bytes, 16, "row_bytes");
+    check_multiple(args.scale_bytes, 16, "scale_bytes");
     const Pieces pieces = equal_pieces(args.row_bytes, shape.piece_bytes);
     check_limit(static_cast<int64_t>(args.num_rows) * pieces.count, INT32_MAX / 2, "probe_push_rows",
                 "the number of pieces of all rows");
@@ -219,7 +208,7 @@ void launch_probe_push(const ProbePushArgs& args, const ProbePushShape& shape, S
 void launch_probe_registers(const ProbeRegistersArgs& args, int num_sms, int warps, Stream stream) {
     check_range(num_sms, 1, 65535, "num_sms");
     check_range(warps, 1, 32, "warps");
-    check_multiple_of_16(args.bytes, "bytes");
+    check_multiple(args.bytes, 16, "bytes");
     probe_register_copy<<<num_sms, warps * 32, 0, static_cast<cudaStream_t>(stream)>>>(
         reinterpret_cast<const uint4*>(args.source), reinterpret_cast<uint4*>(args.target), args.bytes / 16);
     check_launch("probe_register_copy");
@@ -227,7 +216,7 @@ void launch_probe_registers(const ProbeRegistersArgs& args, int num_sms, int war
 
 void launch_probe_flags(const ProbeFlagsArgs& args, Stream stream) {
     check_range(args.rounds, 2, 1 << 20, "rounds");
-    check_multiple_of_16(args.payload_bytes, "payload_bytes");
+    check_multiple(args.payload_bytes, 16, "payload_bytes");
     const int threads = args.payload_bytes == 0 ? 32 : kFlagThreads;
     probe_flags<<<1, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
     check_launch("probe_flags");

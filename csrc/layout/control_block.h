@@ -13,7 +13,12 @@ constexpr int kMaxPeers = 32;           // ranks of one NVLink domain
 constexpr int kMaxLocalExperts = 1024;  // experts of one rank whose counts can travel
 constexpr int kMaxChannels = 128;       // channels of the handle matrices
 
-enum class Operation : uint32_t { kDispatch = 1, kCombine = 2 };
+enum class Operation : uint32_t {
+    kDispatch = 1,  // layout included
+    kCombine = 2,
+    kLowLatencyDispatch = 3,
+    kLowLatencyCombine = 4,
+};
 
 // From one rank to one other at the start of an operation. Offsets are into the sender's heap, -1 for an absent tensor.
 struct alignas(16) Announcement {

@@ -54,7 +54,7 @@ __device__ __forceinline__ LowLatencyControl* own_low_latency_control(const LowL
 }
 
 __device__ __forceinline__ Operation operation_of(LowLatencyKind kind) {
-    return kind == LowLatencyKind::kDispatch ? Operation::kDispatch : Operation::kCombine;
+    return kind == LowLatencyKind::kDispatch ? Operation::kLowLatencyDispatch : Operation::kLowLatencyCombine;
 }
 
 // Number of the operation that this kernel begins. By one thread of every block, once.

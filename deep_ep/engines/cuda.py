@@ -375,7 +375,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         if self._failure is None:
             record = self._domain.error()
             if record is not None:
-                self._failure = failure(record, self.rank, self.timeout_s, self.launches)
+                self._failure = failure(record, self.rank, self.timeout_s)
             else:
                 self._failure = never_ran(operation, 2 * self.timeout_s + 10)
             if self._push is not None:

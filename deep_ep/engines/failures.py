@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 from ..errors import BufferOverflow, CommTimeout, ConfigError, DeepEPError, PeerError
 from .watch import OPERATIONS, PHASES
 
@@ -11,22 +9,8 @@ from .watch import OPERATIONS, PHASES
 _TIMEOUT, _SIGNATURE, _EXPERT_RANGE, _REFUSED = 1, 2, 4, 5
 
 
-#: Operations whose kernels look at expert numbers, by their code in the record and their name among the launches.
-_READ_EXPERTS = (
-    (1, "dispatch_layout", "get_dispatch_layout"),
-    (1, "low_latency_dispatch", "low_latency_dispatch"),
-    (2, "low_latency_combine", "low_latency_combine"),
-)
-
-
-def failure(
-    record: tuple[int, int, int, int, int, int], rank: int, timeout_s: float, launched: Container[str]
-) -> DeepEPError:
-    """The error of a record that a kernel of ``rank`` left: error, operation, phase, peer, expected, seen.
-
-    Args:
-        launched: names of the kernels that this buffer has launched, where a record may come from several.
-    """
+def failure(record: tuple[int, int, int, int, int, int], rank: int, timeout_s: float) -> DeepEPError:
+    """The error of a record that a kernel of ``rank`` left: error, operation, phase, peer, expected, seen."""
     error, operation_code, phase_code, peer, expected, seen = record
     operation = OPERATIONS.get(operation_code, "an operation")
     phase = PHASES.get(phase_code, "a phase")
@@ -51,10 +35,10 @@ def failure(
         return refusal(peer, operation)
     if error == _EXPERT_RANGE:
         signed = seen - (1 << 64) if seen >> 63 else seen
-        names = [name for code, kernel, name in _READ_EXPERTS if code == operation_code and kernel in launched]
+        # Of a dispatch that is the layout's kernel.
+        name = "get_dispatch_layout" if operation == "dispatch" else operation
         return ConfigError(
-            f"{' or '.join(names) or operation}: topk_idx[{expected}, {peer}] is {signed}, outside the experts; mark a "
-            "skipped selection with -1"
+            f"{name}: topk_idx[{expected}, {peer}] is {signed}, outside the experts; mark a skipped selection with -1"
         )
     return PeerError(f"{operation}: the device reported error {error}", operation=operation)
 
