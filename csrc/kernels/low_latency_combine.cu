@@ -61,8 +61,8 @@ __device__ void send_selections(const LowLatencyCombineArgs& args, const Combine
         }
         const int expert = existing(args, given);
         if (expert < 0 && given != -1) {
-            sync::report_apart(ll.domain, DeviceError::kExpertRange, Operation::kLowLatencyCombine, Phase::kLayout,
-                               plan.by_topk.remainder(i), plan.by_topk.quotient(i),
+            sync::report_apart(ll.domain, DeviceError::kExpertRange, Operation::kLowLatencyCombine,
+                               Phase::kLayout, plan.by_topk.remainder(i), plan.by_topk.quotient(i),
                                static_cast<uint64_t>(given));
         }
         const int owner = expert < 0 ? -1 : plan.experts.owner(expert);
