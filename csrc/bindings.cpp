@@ -27,6 +27,7 @@ namespace deep_ep {
 void bind_low_latency(py::module_& m);   // bindings_low_latency.cpp
 void bind_peer_kernels(py::module_& m);  // bindings_peer.cpp
 void bind_probes(py::module_& m);        // bindings_probe.cpp
+void bind_inputs(py::module_& m);        // bindings_inputs.cpp
 
 namespace {
 
@@ -292,5 +293,6 @@ PYBIND11_MODULE(_C, m) {
 #ifdef DEEP_EP_WITH_CUDA
     bind_cuda(m);
 #endif
+    bind_inputs(m);
     bind_low_latency(m);  // after the classes that it names
 }

@@ -5,21 +5,52 @@
 
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <limits>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace deep_ep {
 namespace fast_call {
 
 namespace py = pybind11;
 
-// What an argument becomes: a bool, an integer that is in range, or the object itself. False for anything else.
+template <class T>
+struct IsTuple : std::false_type {};
+template <class... Ts>
+struct IsTuple<std::tuple<Ts...>> : std::true_type {};
+template <class T>
+struct IsVector : std::false_type {};
+template <class T>
+struct IsVector<std::vector<T>> : std::true_type {};
+
+template <class T>
+bool read(PyObject* value, T& result);
+
+template <class Values, size_t... Is>
+bool read_items(PyObject* tuple, Values& values, std::index_sequence<Is...>) {
+    return (read(PyTuple_GET_ITEM(tuple, Is), std::get<Is>(values)) && ...);
+}
+
+// What an argument becomes: a bool, an integer that is in range, a tuple or a list of these, or the object itself. False for
+// anything else.
 template <class T>
 bool read(PyObject* value, T& result) {
     if constexpr (std::is_same_v<T, PyObject*>) {
         result = value;
+        return true;
+    } else if constexpr (IsTuple<T>::value) {
+        constexpr size_t kSize = std::tuple_size_v<T>;
+        return PyTuple_Check(value) && PyTuple_GET_SIZE(value) == static_cast<Py_ssize_t>(kSize) &&
+               read_items(value, result, std::make_index_sequence<kSize>{});
+    } else if constexpr (IsVector<T>::value) {
+        if (!PyList_Check(value)) return false;
+        result.resize(static_cast<size_t>(PyList_GET_SIZE(value)));
+        for (size_t i = 0; i < result.size(); ++i) {
+            if (!read(PyList_GET_ITEM(value, static_cast<Py_ssize_t>(i)), result[i])) return false;
+        }
         return true;
     } else if constexpr (std::is_same_v<T, bool>) {
         result = value == Py_True;
@@ -27,7 +58,13 @@ bool read(PyObject* value, T& result) {
     } else {
         static_assert(std::is_integral_v<T>);
         using Wide = std::conditional_t<std::is_unsigned_v<T>, unsigned long long, long long>;
-        if (!PyLong_Check(value)) return false;
+        if (!PyLong_Check(value)) {  // an integer of another library, perhaps
+            if (!PyIndex_Check(value)) return false;
+            const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value));
+            if (number) return read(number.ptr(), result);
+            PyErr_Clear();
+            return false;
+        }
         Wide wide = 0;
         if constexpr (std::is_unsigned_v<T>) {
             wide = PyLong_AsUnsignedLongLong(value);
@@ -61,36 +98,38 @@ inline void raise_current() {
     }
 }
 
-template <auto Function>
-struct Method;
-
-// A member function of integers, bools and borrowed objects, that returns nothing, an integer, or a new reference (null with
-// an exception set).
-template <class Owner, class Result, class... Args, Result (Owner::*Function)(Args...) const>
-struct Method<Function> {
+// A method of Owner that takes integers, bools, tuples and lists of them, and borrowed objects, and returns nothing, a bool,
+// an integer, or a new reference (null with an exception set).
+template <auto Function, class Owner, class Result, class... Args>
+struct MethodOf {
     static constexpr const char* kCapsule = "deep_ep.fast_call";
     static inline PyMethodDef definition{nullptr, nullptr, METH_FASTCALL, nullptr};
 
     static PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-        const auto* owner = static_cast<const Owner*>(PyCapsule_GetPointer(self, kCapsule));
+        auto* owner = static_cast<Owner*>(PyCapsule_GetPointer(self, kCapsule));
         if (owner == nullptr) return nullptr;
         if (count != static_cast<Py_ssize_t>(sizeof...(Args))) {
             return PyErr_Format(PyExc_TypeError, "%s() takes %zu arguments but %zd were given",
                                 definition.ml_name, sizeof...(Args), count);
         }
-        std::tuple<Args...> values{};
-        const size_t good = read_all(arguments, values, std::index_sequence_for<Args...>{});
-        if (good != sizeof...(Args)) {
-            return PyErr_Format(PyExc_TypeError, "%s() argument %zu is %R, of the wrong type or out of range",
-                                definition.ml_name, good + 1, arguments[good]);
-        }
         try {
-            const auto run = [owner](Args... each) { return (owner->*Function)(each...); };
+            std::tuple<std::decay_t<Args>...> values{};
+            const size_t good = read_all(arguments, values, std::index_sequence_for<Args...>{});
+            if (good != sizeof...(Args)) {
+                return PyErr_Format(PyExc_TypeError,
+                                    "%s() argument %zu is %R, of the wrong type or out of range",
+                                    definition.ml_name, good + 1, arguments[good]);
+            }
+            const auto run = [owner](const auto&... each) -> Result {
+                return std::invoke(Function, *owner, each...);
+            };
             if constexpr (std::is_void_v<Result>) {
                 std::apply(run, values);
                 Py_RETURN_NONE;
             } else if constexpr (std::is_same_v<Result, PyObject*>) {
                 return std::apply(run, values);
+            } else if constexpr (std::is_same_v<Result, bool>) {
+                return PyBool_FromLong(std::apply(run, values));
             } else {
                 return PyLong_FromLongLong(std::apply(run, values));
             }
@@ -102,11 +141,11 @@ struct Method<Function> {
 
     // The method of an object that pybind11 made, which lives as long as the method does.
     static py::object of(const py::object& self, const char* name) {
-        const auto& owner = self.cast<const Owner&>();
+        auto& owner = self.cast<Owner&>();
         definition.ml_name = name;
         definition.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call));
         auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
-            const_cast<Owner*>(&owner), kCapsule,
+            const_cast<std::remove_const_t<Owner>*>(&owner), kCapsule,
             [](PyObject* ending) { Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(ending))); }));
         if (!capsule || PyCapsule_SetContext(capsule.ptr(), self.ptr()) != 0) throw py::error_already_set();
         self.inc_ref();
@@ -116,9 +155,46 @@ struct Method<Function> {
     }
 };
 
+template <auto Function>
+struct Method;
+
+// A member function, or a function whose first argument is the object.
+template <class Owner, class Result, class... Args, Result (Owner::*Function)(Args...) const>
+struct Method<Function> : MethodOf<Function, const Owner, Result, Args...> {};
+template <class Owner, class Result, class... Args, Result (*Function)(Owner&, Args...)>
+struct Method<Function> : MethodOf<Function, Owner, Result, Args...> {};
+
 }  // namespace fast_call
 
-// Binds a member function as `name`. Looking it up makes an object each time: callers that care keep it.
+// A new tuple of integers and of new references, which it takes; or null with an exception set.
+template <class... Values>
+PyObject* tuple_of(Values... values) {
+    PyObject* result = PyTuple_New(sizeof...(Values));
+    Py_ssize_t at = 0;
+    bool is_complete = result != nullptr;
+    const auto add = [&](auto value) {
+        PyObject* item = nullptr;
+        if constexpr (std::is_same_v<decltype(value), PyObject*>) {
+            item = value;
+        } else if constexpr (std::is_signed_v<decltype(value)>) {
+            item = PyLong_FromLongLong(value);
+        } else {
+            item = PyLong_FromUnsignedLongLong(value);
+        }
+        is_complete = is_complete && item != nullptr;
+        if (result == nullptr) {
+            Py_XDECREF(item);
+        } else {
+            PyTuple_SET_ITEM(result, at++, item);
+        }
+    };
+    (add(values), ...);
+    if (is_complete) return result;
+    Py_XDECREF(result);
+    return nullptr;
+}
+
+// Binds a function of an object as `name`. Looking it up makes an object each time: callers that care keep it.
 template <auto Function, class Class>
 Class& def_fast(Class& bound, const char* name) {
     bound.def_property_readonly(

@@ -16,24 +16,6 @@ PyObject* none() {
     Py_RETURN_NONE;
 }
 
-// A new tuple of integers, or null with an exception set.
-template <class... Values>
-PyObject* tuple_of(Values... values) {
-    PyObject* result = PyTuple_New(sizeof...(Values));
-    if (result == nullptr) return nullptr;
-    Py_ssize_t at = 0;
-    bool is_complete = true;
-    const auto add = [&](unsigned long long value) {
-        PyObject* number = PyLong_FromUnsignedLongLong(value);
-        is_complete = is_complete && number != nullptr;
-        PyTuple_SET_ITEM(result, at++, number);
-    };
-    (add(static_cast<unsigned long long>(values)), ...);
-    if (is_complete) return result;
-    Py_DECREF(result);
-    return nullptr;
-}
-
 // Those of dispatches of one shape.
 class LowLatencyDispatchInputs {
   public:

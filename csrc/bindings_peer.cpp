@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings_call.h"
 #include "kernels/peer_launch.h"
 #include "layout/expert_range.h"
 #include "runtime/peer_domain.h"
@@ -72,7 +73,7 @@ class DispatchPlan {
     }
 
     // What is sent. Strides in elements; scales, topk_idx and topk_weights may be 0.
-    using Sent = std::tuple<int, Address, Address, std::pair<int64_t, int64_t>, Address, Address>;
+    using Sent = std::tuple<int, Address, Address, std::tuple<int64_t, int64_t>, Address, Address>;
 
     // Exchanges counts, writes the handle, and places the rows.
     // layout: num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank.
@@ -80,7 +81,7 @@ class DispatchPlan {
     void route(uint64_t signature, const Outputs& output, bool fixed_capacity, int num_experts,
                int num_channels, const std::tuple<Address, Address, Address>& layout,
                const std::tuple<Address, Address, Address, Address>& handle, const Sent& sent, int num_sms,
-               Address stream) {
+               Address stream) const {
         const auto& [per_rank, per_expert, in_rank] = layout;
         const auto& [rank_prefix, channel_prefix, recv_channel_prefix, send_head] = handle;
         if (!fixed_capacity) peers_.expect_counts();
@@ -95,13 +96,13 @@ class DispatchPlan {
 
     // Announces where this rank wants its rows, and places those of the peers, by a handle that is there.
     void repeat(uint64_t signature, const Outputs& output, int num_experts, Address send_head,
-                const Sent& sent, int num_sms, Address stream) {
+                const Sent& sent, int num_sms, Address stream) const {
         launch_rows(signature, true, output, num_experts, send_head, sent, num_sms, stream);
     }
 
   private:
     void launch_rows(uint64_t signature, bool announce, const Outputs& output, int num_experts,
-                     Address send_head, const Sent& sent, int num_sms, Address stream) {
+                     Address send_head, const Sent& sent, int num_sms, Address stream) const {
         const auto& [num_tokens, rows, scales, scales_strides, topk_idx, topk_weights] = sent;
         DispatchRowsArgs args = rows_;
         args.domain = peers_.domain();
@@ -113,8 +114,8 @@ class DispatchPlan {
         args.send_head = pointer<const int32_t>(send_head);
         args.rows = pointer<const uint8_t>(rows);
         args.scales = pointer<const uint8_t>(scales);
-        args.scales_token_stride = scales_strides.first;
-        args.scales_stride = scales_strides.second;
+        args.scales_token_stride = std::get<0>(scales_strides);
+        args.scales_stride = std::get<1>(scales_strides);
         args.topk_idx = pointer<const void>(topk_idx);
         args.topk_weights = pointer<const float>(topk_weights);
         if (quantises_) {
@@ -141,18 +142,19 @@ void copy_segments(const std::vector<std::tuple<Address, Address, int64_t>>& seg
 }
 
 // rows and weights: (address, offset in the own heap or -1).
-void combine_rows(PeerDomain& self, uint64_t signature, std::pair<Address, int64_t> rows,
-                  std::pair<Address, int64_t> weights, uint64_t push_number, Address inbox,
-                  Address rank_prefix, int num_tokens, Address send_head, int64_t hidden, int type,
-                  const std::vector<Address>& biases, Address out, int num_topk, Address out_weights,
-                  int num_sms, Address stream) {
+using Placed = std::tuple<Address, int64_t>;
+
+void combine_rows(PeerDomain& self, uint64_t signature, const Placed& rows, const Placed& weights,
+                  uint64_t push_number, Address inbox, Address rank_prefix, int num_tokens, Address send_head,
+                  int64_t hidden, int type, const std::vector<Address>& biases, Address out, int num_topk,
+                  Address out_weights, int num_sms, Address stream) {
     CombineRowsArgs args{};
     args.domain = self.domain();
     args.signature = signature;
-    args.rows = pointer<const uint8_t>(rows.first);
-    args.rows_offset = rows.second;
-    args.weights = pointer<const float>(weights.first);
-    args.weights_offset = weights.second;
+    args.rows = pointer<const uint8_t>(std::get<0>(rows));
+    args.rows_offset = std::get<1>(rows);
+    args.weights = pointer<const float>(std::get<0>(weights));
+    args.weights_offset = std::get<1>(weights);
     args.push_number = push_number;
     args.inbox = pointer<uint8_t>(inbox);
     args.rank_prefix = pointer<const int32_t>(rank_prefix);
@@ -160,6 +162,7 @@ void combine_rows(PeerDomain& self, uint64_t signature, std::pair<Address, int64
     args.send_head = pointer<const int32_t>(send_head);
     args.hidden = hidden;
     args.type = static_cast<ElementType>(type);
+    if (biases.size() > std::size(args.biases)) throw py::value_error("combine_rows: too many biases");
     for (Address bias : biases) args.biases[args.num_biases++] = pointer<const uint8_t>(bias);
     args.out = pointer<uint8_t>(out);
     args.num_topk = num_topk;
@@ -238,10 +241,10 @@ py::dict planted_bugs() {
 }
 
 void bind_domain(py::module_& m) {
-    py::class_<PeerDomain>(m, "PeerDomain")
-        .def(py::init<const std::vector<uintptr_t>&, int, double>())
-        .def("dispatch_layout", &dispatch_layout)
-        .def("combine_rows", &combine_rows)
+    py::class_<PeerDomain> domain(m, "PeerDomain");
+    def_fast<&dispatch_layout>(domain, "dispatch_layout");
+    def_fast<&combine_rows>(domain, "combine_rows");
+    domain.def(py::init<const std::vector<uintptr_t>&, int, double>())
         .def("refuse",
              [](PeerDomain& self, Address stream) { launch_dispatch_refuse(self.domain(), pointer(stream)); })
         .def(
@@ -262,9 +265,9 @@ void bind_domain(py::module_& m) {
         .def("give_up", &PeerDomain::give_up)
         .def("reset", &PeerDomain::reset)
         .def("close", &PeerDomain::close);
-    py::class_<DispatchPlan>(m, "DispatchPlan")
-        .def("route", &DispatchPlan::route)
-        .def("repeat", &DispatchPlan::repeat);
+    py::class_<DispatchPlan> plan(m, "DispatchPlan");
+    def_fast<&DispatchPlan::route>(plan, "route");
+    def_fast<&DispatchPlan::repeat>(plan, "repeat");
 }
 
 }  // namespace

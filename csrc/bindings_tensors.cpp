@@ -24,8 +24,6 @@ struct ExchangeTable {
     void* current_stream;
 };
 
-constexpr uintptr_t kAlignment = 16;
-
 }  // namespace
 
 TensorReader::TensorReader(const py::type& type, int index)
@@ -51,16 +49,25 @@ bool TensorReader::view(PyObject* object, TensorView& result) const {
     return true;
 }
 
-bool TensorReader::dense(PyObject* object, TensorType type, int32_t ndim, TensorView& result) const {
+bool TensorReader::typed(PyObject* object, TensorType type, int32_t ndim, TensorView& result) const {
     return view(object, result) && result.device_type == device_type_ && result.device_id == device_id_ &&
            result.type_code == type.code && result.type_bits == type.bits && result.type_lanes == 1 &&
-           result.ndim == ndim && result.is_contiguous();
+           result.ndim == ndim;
+}
+
+bool TensorReader::dense(PyObject* object, TensorType type, int32_t ndim, TensorView& result) const {
+    return typed(object, type, ndim, result) && result.is_contiguous();
+}
+
+bool TensorReader::shaped(PyObject* object, TensorType type, std::initializer_list<int64_t> shape,
+                          TensorView& result) const {
+    return dense(object, type, static_cast<int32_t>(shape.size()), result) &&
+           std::equal(shape.begin(), shape.end(), result.shape);
 }
 
 bool TensorReader::plain(PyObject* object, TensorType type, std::initializer_list<int64_t> shape,
                          TensorView& result) const {
-    return dense(object, type, static_cast<int32_t>(shape.size()), result) &&
-           std::equal(shape.begin(), shape.end(), result.shape) && result.address() % kAlignment == 0;
+    return shaped(object, type, shape, result) && result.address() % kAlignment == 0;
 }
 
 bool TensorReader::optional(PyObject* object, TensorType type, std::initializer_list<int64_t> shape,

@@ -42,21 +42,30 @@ struct TensorType {
     uint8_t bits;
 };
 
-constexpr TensorType kInt32Type{0, 32}, kInt64Type{0, 64}, kFloat32Type{2, 32}, kBf16Type{4, 16};
+constexpr TensorType kInt32Type{0, 32}, kInt64Type{0, 64}, kFloat16Type{2, 16}, kFloat32Type{2, 32};
+constexpr TensorType kBf16Type{4, 16}, kBoolType{6, 8};
 
 // Reads tensors of one type, torch.Tensor itself and not what is derived from it, on one device.
 class TensorReader {
   public:
+    // What bulk copies and vector loads need of an address.
+    static constexpr uintptr_t kAlignment = 16;
+
     // index: of the CUDA device, -1 for the CPU. A type without the functions is taken too: then no tensor is readable.
     TensorReader(const pybind11::type& type, int index);
 
     // False, and no exception, for anything that is no such tensor.
     bool view(PyObject* object, TensorView& result) const;
-    // A contiguous one of this element type and number of dimensions on the device.
+    // One of this element type and number of dimensions on the device, of any strides.
+    bool typed(PyObject* object, TensorType type, int32_t ndim, TensorView& result) const;
+    // A contiguous one.
     bool dense(PyObject* object, TensorType type, int32_t ndim, TensorView& result) const;
     // A dense one of this shape, at a multiple of 16 bytes.
     bool plain(PyObject* object, TensorType type, std::initializer_list<int64_t> shape,
                TensorView& result) const;
+    // A dense one of this shape, at any address.
+    bool shaped(PyObject* object, TensorType type, std::initializer_list<int64_t> shape,
+                TensorView& result) const;
     // As `plain`, or None, whose address is 0.
     bool optional(PyObject* object, TensorType type, std::initializer_list<int64_t> shape,
                   uintptr_t& address) const;

@@ -394,6 +394,42 @@ class LowLatencyOutputs:
     def small_block_bytes(self) -> int: ...
 
 # Addresses and sizes of tensors, for `launch` below, or None where something is not as the kernels need it.
+# Types as DLPack names them: code and bits. Address of what is None: 0.
+class DispatchInputs:
+    def __init__(
+        self,
+        tensor_type: type,
+        device_index: int,
+        num_ranks: int,
+        rows_type: tuple[int, int],
+        hidden: int,
+        scales_type: tuple[int, int],
+        num_scales: int,
+        num_topk: int,
+        topk_is_int64: bool,
+    ) -> None: ...
+    # What `DispatchPlan.route` takes: sent, layout, num_experts.
+    def read(
+        self,
+        x: object,
+        scales: object,
+        per_rank: object,
+        in_rank: object,
+        per_expert: object,
+        topk_idx: object,
+        topk_weights: object,
+        /,
+    ) -> tuple[tuple[int, int, int, tuple[int, ...], int, int], tuple[int, int, int], int] | None: ...
+    # sent, number of rows, send_head
+    def read_again(
+        self, x: object, scales: object, handle: object, /
+    ) -> tuple[tuple[int, int, int, tuple[int, ...], int, int], int, int] | None: ...
+
+class CombineInputs:
+    def __init__(self, tensor_type: type, device_index: int, num_ranks: int) -> None: ...
+    # num_rows, hidden, num_tokens, num_topk, x, topk_weights, rank_prefix, send_head
+    def read(self, x: object, handle: object, topk_weights: object, /) -> tuple[int, ...] | None: ...
+
 class LowLatencyDispatchInputs:
     def __init__(
         self,

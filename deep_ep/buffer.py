@@ -14,7 +14,7 @@ import torch.distributed as dist
 from . import checks, fp8
 from ._native import _C
 from .checks import Rows
-from .config import DEFAULT_NUM_SMS, Config, align_up
+from .config import DEFAULT_NUM_SMS, Config
 from .engines import PortableEngine
 from .engines.cuda_engine import MIN_POOL_BYTES, CudaEngine, PoolRequest, open_peer_memory
 from .engines.mesh import Mesh, MpiLikeComm, members_of, resolve_mask_timeout, resolve_timeout
@@ -23,7 +23,15 @@ from .errors import BufferDestroyed, ConfigError
 from .event import EventHandle, EventOverlap, wait_previous
 from .handles import Handle, check_handle_fields
 from .low_latency import LowLatencyMixin
-from .requests import cached_request, check_quantizable, checked_config, fresh_request, scale_format_of
+from .requests import (
+    cached_request,
+    check_quantizable,
+    checked_config,
+    fresh_request,
+    returned,
+    scale_format_of,
+    try_dispatch,
+)
 from .topology import domain_from_environment, host_identity, resolve_topology, scratch_device
 from .traffic import TrafficStats
 from .tuning import config_for_call, config_for_group
@@ -391,6 +399,13 @@ class Buffer(LowLatencyMixin):
         """
         runtime = self._engine("dispatch")
         layout = (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
+        topk = (topk_idx, topk_weights)
+        sizes = (num_worst_tokens, expert_alignment)
+        if previous_event is None and not async_finish:
+            formats, configs = (use_fp8, round_scale, use_ue8m0), (config, self._default_config)
+            quick = try_dispatch(runtime, x, handle, layout, topk, sizes, formats, configs)
+            if quick is not None:
+                return returned(quick, handle, *sizes, EventOverlap())
         inputs = (x, handle, layout, topk_idx, topk_weights)
         first = x[0] if isinstance(x, (tuple, list)) and x else x
         with runtime.call("dispatch", first, use_fp8, inputs, previous_event, async_finish) as call:
@@ -410,18 +425,11 @@ class Buffer(LowLatencyMixin):
                 given = (topk_idx, topk_weights, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
                 request = cached_request(call, rows, scales, scale_format, handle, given, num_worst_tokens, config)
             else:
-                topk = (topk_idx, topk_weights)
                 request = fresh_request(call, rows, scales, scale_format, layout, topk, num_worst_tokens, config)
             call.start()
             result = runtime.dispatch(request)
             call.keep((result.rows, result.scales, result.topk_idx, result.topk_weights, result.handle))
-        recv_x: Rows = result.rows if result.scales is None else (result.rows, result.scales)
-        if handle is not None:
-            return recv_x, None, None, None, None, call.event
-        counts = [] if num_worst_tokens else result.num_recv_tokens_per_expert or []
-        if expert_alignment > 1:
-            counts = [align_up(count, expert_alignment) for count in counts]
-        return recv_x, result.topk_idx, result.topk_weights, counts, result.handle, call.event
+        return returned(result, handle, *sizes, call.event)
 
     def combine(
         self,
@@ -452,6 +460,11 @@ class Buffer(LowLatencyMixin):
             ConfigError: bad arguments or a handle of another dispatch. PeerError, CommTimeout: as for `dispatch`.
         """
         runtime = self._engine("combine")
+        is_usual = previous_event is None and bias is None and not async_finish
+        if is_usual and (config is None or isinstance(config, Config)):
+            quick = runtime.try_combine(x, handle, topk_weights, config, self._default_config)
+            if quick is not None:
+                return (*quick, EventOverlap())
         inputs = (x, handle, topk_weights, bias)
         with runtime.call("combine", x, False, inputs, previous_event, async_finish) as call:
             rows = checks.check_tensor(x, "x", "combine", dim=2, dtypes=checks.COMBINE_DTYPES)

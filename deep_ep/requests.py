@@ -1,4 +1,4 @@
-"""From the arguments of `Buffer.dispatch` to a checked `DispatchRequest`."""
+"""From the arguments of `Buffer.dispatch` to a checked `DispatchRequest`, and from a result to what the caller gets."""
 
 from __future__ import annotations
 
@@ -7,17 +7,75 @@ from typing import Any
 import torch
 
 from . import checks, fp8
-from .config import Config
+from .config import Config, align_up
 from .engines.calls import Call
-from .engines.portable import DispatchRequest
+from .engines.portable import DispatchRequest, DispatchResult
+from .engines.short_cuts import ConfigOf, ShortCuts
 from .errors import ConfigError
+from .event import EventOverlap
 from .handles import Handle
 from .layout import check_topk_range
 from .topology import Topology
 
 #: Arguments of a dispatch that a handle takes the place of.
 _EXCLUDED = ("topk_idx", "topk_weights", "num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert")
+_NO_FP8 = (False, False, False)
 _INT32, _FLOAT32, _BOOL = (torch.int32,), (torch.float32,), (torch.bool,)
+
+
+#: What `Buffer.dispatch` returns.
+Returned = tuple[checks.Rows, torch.Tensor | None, torch.Tensor | None, list[int] | None, Handle | None, EventOverlap]
+
+
+def try_dispatch(
+    engine: ShortCuts,
+    x: Any,
+    handle: Any,
+    layout: tuple[Any, ...],
+    topk: tuple[Any, Any],
+    sizes: tuple[Any, Any],
+    formats: tuple[Any, Any, Any],
+    configs: tuple[Any, ConfigOf],
+) -> DispatchResult | None:
+    """A dispatch of arguments as they came, if they are like those of most calls; see `ShortCuts`.
+
+    Args:
+        layout: num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert.
+        topk: topk_idx and topk_weights.
+        sizes: num_worst_tokens and expert_alignment.
+        formats: use_fp8, round_scale and use_ue8m0.
+        configs: the configuration given, and what gives one in its place.
+    """
+    per_rank, per_node, in_rank, per_expert = layout
+    num_worst_tokens, alignment = sizes
+    if num_worst_tokens != 0 or type(alignment) is not int or alignment < 1:
+        return None
+    if per_node is not None or not (configs[0] is None or isinstance(configs[0], Config)):
+        return None
+    if handle is not None and not (per_rank is in_rank is per_expert is topk[0] is topk[1] is None):
+        return None
+    scale_format = None
+    if True in formats:
+        try:
+            scale_format = scale_format_of("dispatch", *formats)
+        except ConfigError:
+            return None
+    elif formats != _NO_FP8:
+        return None
+    return engine.try_dispatch(x, handle, (per_rank, in_rank, per_expert), topk, scale_format, *configs)
+
+
+def returned(
+    result: DispatchResult, handle: Handle | None, num_worst_tokens: int, expert_alignment: int, event: EventOverlap
+) -> Returned:
+    """What the caller of a dispatch gets; ``handle``: that he gave."""
+    rows: checks.Rows = result.rows if result.scales is None else (result.rows, result.scales)
+    if handle is not None:
+        return rows, None, None, None, None, event
+    counts = [] if num_worst_tokens else result.num_recv_tokens_per_expert or []
+    if expert_alignment > 1:
+        counts = [align_up(count, expert_alignment) for count in counts]
+    return rows, result.topk_idx, result.topk_weights, counts, result.handle, event
 
 
 def cached_request(

@@ -159,7 +159,7 @@ def test_tensors_of_a_block_are_cut_to_what_came():
     plan, block = RowPlan(fields, "", torch.device("cpu")), torch.UntypedStorage(1 << 14)
     for capacity in (10, 10, 7):
         starts, total = plan.starts(capacity)
-        tensors = plan.tensors(block, capacity)
+        tensors = plan.tensors(block, capacity, capacity)
         for num_rows in (capacity, 5, 1, 0):
             plan.cut(tensors, num_rows)
             for tensor, field, start in zip(tensors, fields, starts, strict=True):

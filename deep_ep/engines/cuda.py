@@ -11,6 +11,7 @@ all ranks alike, since all ranks pass the same kinds of tensors.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -24,6 +25,7 @@ from .arena import Arena
 from .combine_inputs import COUNTS, CombineInputs, counts_of
 from .dispatch_outputs import DispatchOutputs
 from .failures import failure, never_ran, overflowed, refusal
+from .low_latency_plans import maker_of
 from .outputs import Landing, RowPlan, aligned, template
 from .peer_memory import PeerMemory
 from .portable import DispatchRequest, DispatchResult
@@ -32,6 +34,8 @@ from .watch import open_domain
 _MAX_TOPK_LAYOUT_EXPERTS = 4096
 #: Ranks, experts of a rank and channels that the control block has room for (csrc/layout/control_block.h).
 MAX_PEERS, MAX_LOCAL_EXPERTS, MAX_CHANNELS = 32, 1024, 128
+#: What `_C.DispatchPlan` sends: number of tokens, rows, scales, their strides in elements, topk_idx and topk_weights.
+Sent = tuple[int, int, int, tuple[int, ...], int, int]
 _UNIT = (1,)
 _NO_STRIDES = (0, 0)
 #: Buffers of this process by device: the SMs that waiting blocks may take are shared between them.
@@ -63,11 +67,12 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         self._push_number = 0
         self._num_sms: int = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._comm_stream: torch.cuda.Stream | None = None
-        self._plans: dict[object, RowPlan] = {}
-        self._combines = RowPlan((), "combine")
+        self._plans, self._alike = {}, {}
+        self._combines, self._new = RowPlan((), "combine"), maker_of(self.device)
+        self.read_combine = _C.CombineInputs(torch.Tensor, self._index, self.num_ranks).read
         self._int32, self._bool = template(torch.int32, self.device), template(torch.bool, self.device)
         self._small, self._sources = Arena.ordinary(self.device), Arena.symmetric(memory)
-        self._guess = 0
+        self._guess, self._last_rows = 0, 0
         self._staging_refused = 0
         self._missing, self._is_full = 0, False
         self._failure: DeepEPError | None = None
@@ -137,6 +142,14 @@ class CudaKernels(DispatchOutputs, CombineInputs):
 
     # Operations.
 
+    @functools.cached_property
+    def _launch_layout(self) -> Callable[..., None]:
+        return self._domain.dispatch_layout  # looked up once: each time makes an object
+
+    @functools.cached_property
+    def _launch_combine(self) -> Callable[..., None]:
+        return self._domain.combine_rows
+
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """int32 [R], int32 [E], bool [T, R]: tokens per rank and per expert, and where each goes."""
         num_tokens, num_topk = topk_idx.shape
@@ -145,7 +158,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         storage, start = self._bytes(flags_at + num_tokens * num_ranks)
         base = storage.data_ptr() + start
         self._count("dispatch_layout")
-        self._domain.dispatch_layout(
+        self._launch_layout(
             topk_idx.data_ptr(),
             topk_idx.dtype is torch.int64,
             num_tokens,
@@ -167,16 +180,42 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         self, request: DispatchRequest, per_rank: torch.Tensor, per_expert: torch.Tensor, num_sms: int
     ) -> DispatchResult:
         """Route anew: exchange counts, write the handle, place the rows."""
-        rows, in_rank, num_worst_tokens = request.rows, request.in_rank, request.num_worst_tokens
-        num_tokens, num_ranks = in_rank.shape
-        num_experts, num_channels = per_expert.shape[0], request.num_channels
+        in_rank = request.in_rank
+        return self.run_dispatch(
+            self._plan(request.rows, request.scales, request.scale_format, request.topk_idx),
+            self._sent(request),
+            (per_rank.data_ptr(), per_expert.data_ptr(), in_rank.data_ptr()),
+            in_rank,
+            per_expert.shape[0],
+            request.num_worst_tokens,
+            request.num_channels,
+            num_sms,
+        )
+
+    def run_dispatch(
+        self,
+        plan: RowPlan,
+        sent: Sent,
+        layout: tuple[int, int, int],
+        in_rank: torch.Tensor,
+        num_experts: int,
+        num_worst_tokens: int,
+        num_channels: int,
+        num_sms: int,
+    ) -> DispatchResult:
+        """`dispatch` of what lies at these addresses.
+
+        Args:
+            layout: num_tokens_per_rank, num_tokens_per_expert and is_token_in_rank.
+        """
+        num_tokens, num_ranks = sent[0], self.num_ranks
         self._check_limits(num_experts, num_channels)
         if not num_worst_tokens and self._capturing:
             raise ConfigError(
                 "dispatch: the number of received tokens is not known while a CUDA graph is captured; pass "
                 "num_worst_tokens, or a handle"
             )
-        plan, sms = self._plan(rows, request.scales, request.scale_format, request.topk_idx), self.blocks(num_sms)
+        sms = self.blocks(num_sms)
         # Only here can the pool grow, so it does before staging is used, and also for calls that had to use staging.
         grows = not num_worst_tokens and not self._is_full
         landing = None
@@ -195,29 +234,32 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         sent_at, received_at, heads_at = matrix, matrix + channels, matrix + 2 * channels
         storage, start = self._bytes(4 * (heads_at + num_tokens * num_ranks))
         base = storage.data_ptr() + start
-        send_head, sent = base + 4 * heads_at, self._sent(request)
+        send_head = base + 4 * heads_at
         signature = plan.signature("worst-case dispatch" if num_worst_tokens else "dispatch", num_experts, num_channels)
-        self._count("dispatch_notify")
-        self._count("dispatch_rows" if request.scale_format is None else "dispatch_rows_fp8")
-        plan.native.route(
+        self._launched = True
+        plan.route(
             signature,
             landing.offsets,
-            num_worst_tokens != 0,
+            bool(num_worst_tokens),
             num_experts,
             num_channels,
-            (per_rank.data_ptr(), per_expert.data_ptr(), in_rank.data_ptr()),
+            layout,
             (base, base + 4 * sent_at, base + 4 * received_at, send_head),
             sent,
             sms,
             self._stream,
         )
         # Whatever needs no counts is done while the device counts.
+        self._count("dispatch_notify")
+        self._count(plan.kernel)
         int32, first, by_rank, by_channel = self._int32, start // 4, (num_ranks, 1), (num_channels, 1)
         prefix = int32.data.set_(storage, first, (num_ranks, num_ranks), by_rank)
         sent_matrix = int32.data.set_(storage, first + sent_at, (num_ranks, num_channels), by_channel)
         received_matrix = int32.data.set_(storage, first + received_at, (num_ranks, num_channels), by_channel)
         head = int32.data.set_(storage, first + heads_at, (num_tokens, num_ranks), by_rank)
-        tensors = self._tensors(plan, landing)
+        # As many rows as last time: often that is right, and no tensor needs to be changed later.
+        expected = num_worst_tokens or min(self._last_rows, landing.capacity)
+        tensors = self._tensors(plan, landing, expected)
         counts: list[int] = []
         num_rows = num_worst_tokens
         if not num_worst_tokens:
@@ -230,20 +272,21 @@ class CudaKernels(DispatchOutputs, CombineInputs):
                 # Some rank guessed too little: all ranks know, make room together, and place the rows once more.
                 landing = self._land_together(plan, num_rows, most)
                 signature = plan.signature("dispatch again", num_experts, num_channels)
-                self._repeat(request, plan, num_experts, send_head, sent, landing, signature, sms)
-                tensors = self._tensors(plan, landing)
+                self._repeat(plan, num_experts, send_head, sent, landing, signature, sms)
+                tensors, expected = self._tensors(plan, landing, num_rows), num_rows
             # A little more than the last size, so that a size that varies does not place twice each time; and a round
             # number, so that the places in a block seldom change.
+            self._last_rows = num_rows
             self._guess = (num_rows + num_rows // 16 + 64 + 127) // 128 * 128
             # Staging for rows like these in bf16: those of a dispatch that finds the pool full, and those of an
             # ordinary tensor that copy engines bring to a combine. All ranks see the same counts.
-            wanted = max(most, away) * (2 * rows.shape[1] + 256)
+            wanted = max(most, away) * (2 * plan.hidden + 256)
             if wanted > self.memory.staging_bytes and wanted > self._staging_refused:
                 self._reserve_staging(wanted)
         if tensors is None:
-            tensors = self._unstage(plan, landing, num_rows, sms, with_src_idx=True)
+            tensors, expected = self._unstage(plan, landing, num_rows, sms, with_src_idx=True), num_rows
         src_idx = tensors.pop()
-        if src_idx.shape[0] != num_rows:
+        if expected != num_rows:
             plan.cut(tensors, num_rows)
             src_idx.resize_(num_rows)
         self.traffic.add_dispatch(num_rows, plan.payload_bytes, plan.dtype_name)
@@ -253,13 +296,18 @@ class CudaKernels(DispatchOutputs, CombineInputs):
     def dispatch_cached(self, request: DispatchRequest, handle: Handle, num_sms: int) -> DispatchResult:
         """Repeat the routing of a handle."""
         plan = self._plan(request.rows, request.scales, request.scale_format)
-        num_rows, sms = handle[3].shape[0], self.blocks(num_sms)
+        return self.run_cached(plan, self._sent(request), handle[3].shape[0], handle[5].data_ptr(), num_sms)
+
+    def run_cached(self, plan: RowPlan, sent: Sent, num_rows: int, send_head: int, num_sms: int) -> DispatchResult:
+        """`dispatch_cached` of what lies at these addresses."""
+        sms = self.blocks(num_sms)
         landing = self._land(plan, num_rows, with_src_idx=False)
         if landing is None:
             raise self._exhausted(plan, num_rows)
-        signature = plan.signature("cached dispatch")
-        self._repeat(request, plan, 0, handle[5].data_ptr(), self._sent(request), landing, signature, sms)
-        tensors = self._tensors(plan, landing) or self._unstage(plan, landing, num_rows, sms, with_src_idx=False)
+        self._repeat(plan, 0, send_head, sent, landing, plan.signature("cached dispatch"), sms)
+        tensors = self._tensors(plan, landing, num_rows)
+        if tensors is None:
+            tensors = self._unstage(plan, landing, num_rows, sms, with_src_idx=False)
         self.traffic.add_dispatch(num_rows, plan.payload_bytes, plan.dtype_name)
         return DispatchResult(tensors[0], tensors[1] if len(tensors) > 1 else None)
 
@@ -273,11 +321,36 @@ class CudaKernels(DispatchOutputs, CombineInputs):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sum what the ranks made of this rank's tokens."""
         send_head = handle[5]
-        num_tokens, hidden = send_head.shape[0], rows.shape[1]
-        num_topk = 0 if weights is None else weights.shape[1]
-        sms = self.blocks(num_sms)
+        inputs = (
+            rows.shape[0],
+            rows.shape[1],
+            send_head.shape[0],
+            0 if weights is None else weights.shape[1],
+            rows.data_ptr(),
+            0 if weights is None else weights.data_ptr(),
+            handle[0].data_ptr(),
+            send_head.data_ptr(),
+        )
+        return self.run_combine(rows, weights, [bias.data_ptr() for bias in biases], handle[0], inputs, num_sms)
+
+    def run_combine(
+        self,
+        rows: torch.Tensor,
+        weights: torch.Tensor | None,
+        biases: list[int],
+        rank_prefix: torch.Tensor,
+        inputs: tuple[int, ...],
+        num_sms: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`combine` of what lies at these addresses.
+
+        Args:
+            inputs: as `_C.CombineInputs` gives them.
+        """
+        num_rows, hidden, num_tokens, num_topk, rows_at, weights_at, prefix_at, head_at = inputs
+        dtype, sms = rows.dtype, self.blocks(num_sms)
         # All ranks count alike, whether or not they push: a peer may.
-        number, row_bytes = 0, hidden * rows.element_size()
+        number, row_bytes = 0, hidden * dtype.itemsize
         sent: list[list[int]] | None = None
         if not self._capturing and self.memory.staging_bytes:
             self._push_number += 1
@@ -286,12 +359,12 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         kept: list[torch.UntypedStorage] = []
         row_offset = self._offset(rows)
         if row_offset < 0:
-            sent = self._pushable(getattr(handle[0], COUNTS, None), rows) if number else None
+            sent = self._pushable(getattr(rank_prefix, COUNTS, None), rows) if number else None
             if sent is None:
                 row_offset = self._to_heap(rows, copies, kept)
                 if row_offset < 0 and number:
                     # A wait for the device, where the only other way is to give up.
-                    sent = self._pushable(counts_of(handle[0]), rows)
+                    sent = self._pushable(counts_of(rank_prefix), rows)
                 if row_offset < 0 and sent is None:
                     raise self._no_room("combine", "x", rows)
         weight_offset = -1 if weights is None else self._offset(weights)
@@ -299,25 +372,27 @@ class CudaKernels(DispatchOutputs, CombineInputs):
             weight_offset = self._to_heap(weights, copies, kept)
             if weight_offset < 0:
                 weight_offset = self._behind_inbox(weights, num_tokens, row_bytes, copies)
-        out = rows.new_empty((num_tokens, hidden))
-        out_weights = None if weights is None else weights.new_empty((num_tokens, num_topk))
+        out = self._new((num_tokens, hidden), (hidden, 1), dtype)
+        out_weights = None
+        if weights is not None:
+            out_weights = self._new((num_tokens, num_topk), (max(num_topk, 1), 1), torch.float32)
         if copies:
             self._copy(copies, sms)
         if sent is not None and self._push is not None:
             self._push.mark_ready(self._stream)
         self._count("combine_rows")
-        self._domain.combine_rows(
-            self._combines.signature(rows.dtype, hidden, num_topk),
-            (rows.data_ptr(), row_offset),
-            (0 if weights is None else weights.data_ptr(), weight_offset),
+        self._launch_combine(
+            self._combines.signature(dtype, hidden, num_topk),
+            (rows_at, row_offset),
+            (weights_at, weight_offset),
             number,
             self.memory.bases[self.rank] + self.memory.staging_offset if number else 0,
-            handle[0].data_ptr(),
+            prefix_at,
             num_tokens,
-            send_head.data_ptr(),
+            head_at,
             hidden,
-            ELEMENT_TYPES[rows.dtype],
-            [bias.data_ptr() for bias in biases],
+            ELEMENT_TYPES[dtype],
+            biases,
             out.data_ptr(),
             num_topk,
             0 if out_weights is None else out_weights.data_ptr(),
@@ -326,7 +401,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         )
         if sent is not None:
             self._push_rows(number, rows, sent)
-        self.traffic.add_combine(rows.shape[0], row_bytes)
+        self.traffic.add_combine(num_rows, row_bytes)
         return out, out_weights
 
     def refuse(self, operation: str) -> None:
@@ -417,7 +492,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
 
     # Parts of a dispatch.
 
-    def _sent(self, request: DispatchRequest) -> tuple[int, int, int, tuple[int, ...], int, int]:
+    def _sent(self, request: DispatchRequest) -> Sent:
         """What `_C.DispatchPlan` sends."""
         rows, scales, idx, weights = request.rows, request.scales, request.topk_idx, request.topk_weights
         return (
@@ -431,18 +506,17 @@ class CudaKernels(DispatchOutputs, CombineInputs):
 
     def _repeat(
         self,
-        request: DispatchRequest,
         plan: RowPlan,
         num_experts: int,
         send_head: int,
-        sent: tuple[int, int, int, tuple[int, ...], int, int],
+        sent: Sent,
         landing: Landing,
         signature: int,
         sms: int,
     ) -> None:
         """Place rows by heads that are known."""
-        self._count("dispatch_rows" if request.scale_format is None else "dispatch_rows_fp8")
-        plan.native.repeat(signature, landing.offsets, num_experts, send_head, sent, sms, self._stream)
+        self._count(plan.kernel)
+        plan.repeat(signature, landing.offsets, num_experts, send_head, sent, sms, self._stream)
 
     def _raise_no_counts(self, *, refused: bool) -> NoReturn:
         if not refused:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .._native import _C
+from ..config import Config
 from ..errors import ConfigError, PoolExhausted, TopologyError
 from ..event import EventHandle, EventOverlap, wait_previous
+from ..fp8 import ScaleFormat
 from ..handles import Handle, check_intranode_handle
 from ..layout import DispatchLayout
 from ..topology import Topology
@@ -23,6 +25,9 @@ from .cuda_ll import LowLatencyKernels
 from .mesh import Members
 from .peer_memory import PeerMemory
 from .portable import DispatchRequest, DispatchResult, PortableEngine
+from .short_cuts import ConfigOf
+
+T = TypeVar("T")
 
 logger = logging.getLogger("deep_ep")
 
@@ -175,6 +180,68 @@ class CudaEngine(PortableEngine):
         finally:
             kernels.end()
         return DispatchLayout(per_rank, None, per_expert, in_rank)
+
+    def try_dispatch(
+        self,
+        x: Any,
+        handle: Any,
+        layout: tuple[Any, Any, Any],
+        topk: tuple[Any, Any],
+        scale_format: ScaleFormat | None,
+        config: Config | None,
+        default_config: ConfigOf,
+    ) -> DispatchResult | None:
+        rows, scales = x if type(x) is tuple and len(x) == 2 else (x, None)
+        kernels = self.kernels
+        inputs = None
+        for plan in kernels.alike(scale_format, scales, topk[0]):
+            if handle is not None:
+                inputs = plan.read_again(rows, scales, handle)
+            else:
+                inputs = plan.read(rows, scales, *layout, *topk)
+            if inputs is not None:
+                break
+        if inputs is None:
+            return None
+        if config is None:
+            config = default_config("dispatch", rows, scale_format is not None)
+        if handle is not None:
+            return self._run("dispatch", kernels.run_cached, plan, *inputs, config.num_sms)
+        sent, addresses, num_experts = inputs
+        last = (layout[1], num_experts, 0, config.num_channels, config.num_sms)
+        return self._run("dispatch", kernels.run_dispatch, plan, sent, addresses, *last)
+
+    def try_combine(
+        self, x: Any, handle: Any, topk_weights: Any, config: Config | None, default_config: ConfigOf
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        kernels = self.kernels
+        inputs = kernels.read_combine(x, handle, topk_weights)
+        if inputs is None:
+            return None
+        if config is None:
+            config = default_config("combine", x, False)
+        return self._run("combine", kernels.run_combine, x, topk_weights, [], handle[0], inputs, config.num_sms)
+
+    def _run(self, operation: str, run: Callable[..., T], *arguments: object) -> T | None:
+        """What `DeviceCall` does around a synchronous operation that waits for no event; None on another device."""
+        kernels = self.kernels
+        with self.lock:
+            if torch._C._cuda_getDevice() != kernels.device.index:  # the current device is that of the thread
+                return None
+            kernels.check()
+            had_grad = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)
+            try:
+                kernels.begin()
+                try:
+                    return run(*arguments)
+                except Exception:
+                    kernels.refuse(operation)
+                    raise
+                finally:
+                    kernels.end()
+            finally:
+                torch._C._set_grad_enabled(had_grad)
 
     def is_plain(self, handle: Handle, device: torch.device) -> bool:
         """Whether a handle is as dispatch returns it, on this device."""

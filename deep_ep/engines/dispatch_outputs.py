@@ -6,6 +6,8 @@ SMs of the call moves them. Only an uncached dispatch can make the pool grow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .. import fp8
@@ -15,6 +17,15 @@ from .kernel_state import KernelState
 from .outputs import SRC_IDX, Field, Landing, RowPlan, aligned
 
 _UNIT = (1,)
+#: What DLPack calls elements; only those that no other type of torch shares its name with.
+_DLPACK_TYPES = {
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.float32: (2, 32),
+    torch.float8_e4m3fn: (10, 8),
+    torch.float8_e5m2: (12, 8),
+    torch.int32: (0, 32),
+}
 _FORMATS: dict[fp8.ScaleFormat | None, int] = {None: 0, "fp32": 0, "pow2": 1, "ue8m0": 2}
 
 
@@ -23,6 +34,8 @@ class DispatchOutputs(KernelState):
 
     _domain: _C.PeerDomain
     _plans: dict[object, RowPlan]
+    #: Plans that `RowPlan.read` serves, by scale format, and whether scales and top-k are given.
+    _alike: dict[tuple[fp8.ScaleFormat | None, bool, bool], list[RowPlan]]
     _staging_refused: int
 
     def _plan(
@@ -38,7 +51,7 @@ class DispatchOutputs(KernelState):
         key = (rows.dtype, rows.shape[1], of_scales, scale_format, of_topk)
         plan = self._plans.get(key)
         if plan is None:
-            hidden = rows.shape[1]
+            hidden, given_scales = rows.shape[1], of_scales
             fields = [Field.of("rows", torch.float8_e4m3fn if scale_format else rows.dtype, hidden)]
             if scale_format is not None:
                 of_scales = fp8.scale_columns(hidden, scale_format)
@@ -54,8 +67,42 @@ class DispatchOutputs(KernelState):
                 -1 if scale_format is None else ELEMENT_TYPES[rows.dtype],
                 _FORMATS[scale_format],
             )
-            plan = self._plans[key] = RowPlan(fields, repr(key), self.device, native)
+            inputs = self._inputs(rows.dtype, hidden, given_scales, of_topk)
+            kernel = "dispatch_rows" if scale_format is None else "dispatch_rows_fp8"
+            plan = self._plans[key] = RowPlan(fields, repr(key), self.device, native, inputs, kernel)
+            if inputs is not None:
+                alike = (scale_format, given_scales is not None, of_topk is not None)
+                self._alike.setdefault(alike, []).append(plan)
         return plan
+
+    def _inputs(
+        self,
+        dtype: torch.dtype,
+        hidden: int,
+        of_scales: tuple[torch.dtype, int] | None,
+        of_topk: tuple[torch.dtype, int] | None,
+    ) -> _C.DispatchInputs | None:
+        """What looks at the arguments of such dispatches; None if it could take others for them."""
+        scales_dtype, num_scales = of_scales or (torch.float32, 0)
+        topk_dtype, num_topk = of_topk or (torch.int64, 0)
+        rows_type, scales_type = _DLPACK_TYPES.get(dtype), _DLPACK_TYPES.get(scales_dtype)
+        if rows_type is None or scales_type is None:
+            return None
+        return _C.DispatchInputs(
+            torch.Tensor,
+            -1 if self.device.index is None else self.device.index,
+            self.num_ranks,
+            rows_type,
+            hidden,
+            scales_type,
+            num_scales,
+            num_topk,
+            topk_dtype is torch.int64,
+        )
+
+    def alike(self, scale_format: fp8.ScaleFormat | None, scales: object, topk_idx: object) -> Sequence[RowPlan]:
+        """Plans that a dispatch of these may be like."""
+        return self._alike.get((scale_format, scales is not None, topk_idx is not None), ())
 
     # A place.
 
@@ -141,17 +188,17 @@ class DispatchOutputs(KernelState):
             raise PoolExhausted(f"no memory for {num_bytes} bytes of a handle")
         return part
 
-    def _tensors(self, plan: RowPlan, landing: Landing) -> list[torch.Tensor] | None:
-        """The tensors of all rows of a landing in the pool, in the plan's order, and src_idx behind them if it has one.
+    def _tensors(self, plan: RowPlan, landing: Landing, num_rows: int) -> list[torch.Tensor] | None:
+        """The tensors of rows of a landing in the pool, in the plan's order, and src_idx behind them if it has one.
 
         None elsewhere; `_unstage` makes them.
         """
         if landing.block is None:
             return None
-        tensors = plan.tensors(landing.block, landing.capacity)
+        tensors = plan.tensors(landing.block, landing.capacity, num_rows)
         if landing.src is not None:
             storage, start = landing.src
-            tensors.append(self._int32.data.set_(storage, start // 4, (landing.capacity,), _UNIT))
+            tensors.append(self._int32.data.set_(storage, start // 4, (num_rows,), _UNIT))
         return tensors
 
     def _unstage(
@@ -178,5 +225,5 @@ class DispatchOutputs(KernelState):
             src = self._bytes(src_bytes)
             copies.append((self.memory.bases[self.rank] + landing.offsets[4], src[0].data_ptr() + src[1], src_bytes))
         self._copy(copies, sms)
-        tensors = self._tensors(plan, Landing(num_rows, landing.offsets, starts, block, src))
+        tensors = self._tensors(plan, Landing(num_rows, landing.offsets, starts, block, src), num_rows)
         return tensors or []

@@ -59,13 +59,31 @@ class RowPlan:
         signature: text that differs wherever ranks disagree.
         device: where the tensors live, if any are made.
         native: `_C.DispatchPlan`, which launches dispatches of such rows.
+        inputs: `_C.DispatchInputs`, which looks at what such dispatches are given; None where it cannot.
+        kernel: that places the rows.
     """
 
     def __init__(
-        self, fields: Sequence[Field], signature: str, device: torch.device | None = None, native: Any = None
+        self,
+        fields: Sequence[Field],
+        signature: str,
+        device: torch.device | None = None,
+        native: Any = None,
+        inputs: Any = None,
+        kernel: str = "",
     ) -> None:
         self.fields = tuple(fields)
-        self.native = native
+        self.kernel = kernel
+        # Methods of both; looked up once, since each time makes an object.
+        self.route: Any = None
+        self.repeat: Any = None
+        self.read: Any = None
+        self.read_again: Any = None
+        if native is not None:
+            self.route, self.repeat = native.route, native.repeat
+        if inputs is not None:
+            self.read, self.read_again = inputs.read, inputs.read_again
+        self.hidden = fields[0].width if fields else 0
         self._widths = [field.width for field in fields]
         self._row_bytes = [field.row_bytes for field in fields]
         self.row_bytes = sum(self._row_bytes)
@@ -77,25 +95,25 @@ class RowPlan:
         self._text = signature
         self._signatures: dict[tuple[object, ...], int] = {}
         self._last = (0, [0] * len(self.fields), 0)
-        self._shapes: tuple[int, list[tuple[Any, ...]]] = (-1, [])
+        self._shapes: tuple[tuple[int, int], list[tuple[Any, ...]]] = ((-1, -1), [])
         by_name = {field.name: i for i, field in enumerate(fields)}
         self._positions = tuple(by_name.get(name, -1) for name in _NAMES)
 
-    def tensors(self, block: torch.UntypedStorage, capacity: int) -> list[torch.Tensor]:
-        """The tensors of all rows of a block of ``capacity`` rows."""
-        if capacity != self._shapes[0]:
+    def tensors(self, block: torch.UntypedStorage, capacity: int, num_rows: int) -> list[torch.Tensor]:
+        """The tensors of the first ``num_rows`` rows of a block of ``capacity`` rows."""
+        if self._shapes[0] != (capacity, num_rows):
             starts, _ = self.starts(capacity)
             if not self._empty and self._device is not None:
                 self._empty = [template(field.dtype, self._device) for field in self.fields]
             shapes = [
-                (empty, start // field.dtype.itemsize, (capacity, field.width), (field.width, 1))
+                (empty, start // field.dtype.itemsize, (num_rows, field.width), (field.width, 1))
                 for empty, field, start in zip(self._empty, self.fields, starts, strict=True)
             ]
-            self._shapes = (capacity, shapes)
+            self._shapes = ((capacity, num_rows), shapes)
         return [empty.data.set_(block, first, shape, strides) for empty, first, shape, strides in self._shapes[1]]
 
     def cut(self, tensors: Sequence[torch.Tensor], num_rows: int) -> None:
-        """Leave the first ``num_rows`` rows of these tensors."""
+        """Give these tensors ``num_rows`` rows, for which their block has room."""
         for tensor, width in zip(tensors, self._widths, strict=True):
             tensor.resize_(num_rows, width)
 

@@ -29,6 +29,7 @@ from .calls import Call
 from .mesh import Members, Mesh
 from .protocol import METADATA_PHASE, ROWS_PHASE, Header, dtype_code
 from .shared import SharedRows
+from .short_cuts import ShortCuts
 from .transfer import Staging, Transfer, as_bytes, split_records
 
 
@@ -85,7 +86,7 @@ class Metadata:
     blobs: list[torch.Tensor]
 
 
-class PortableEngine:
+class PortableEngine(ShortCuts):
     """Dispatch and combine over a :class:`Mesh`. Also what callers find as ``buffer.runtime``.
 
     Args:
