@@ -88,6 +88,16 @@ size_t read_all(PyObject* const* arguments, Values& values, std::index_sequence<
     return good;
 }
 
+// A TypeError that shows a number, and of anything else its type.
+inline PyObject* wrong_argument(const char* method, size_t number, PyObject* value) {
+    if (PyLong_Check(value)) {
+        return PyErr_Format(PyExc_TypeError, "%s() argument %zu is %R, of the wrong type or out of range",
+                            method, number, value);
+    }
+    return PyErr_Format(PyExc_TypeError, "%s() argument %zu is a %s, of the wrong type", method, number,
+                        Py_TYPE(value)->tp_name);
+}
+
 // The exception being handled becomes Python's as it does in any other call.
 inline void raise_current() {
     const std::exception_ptr error = std::current_exception();
@@ -116,9 +126,7 @@ struct MethodOf {
             std::tuple<std::decay_t<Args>...> values{};
             const size_t good = read_all(arguments, values, std::index_sequence_for<Args...>{});
             if (good != sizeof...(Args)) {
-                return PyErr_Format(PyExc_TypeError,
-                                    "%s() argument %zu is %R, of the wrong type or out of range",
-                                    definition.ml_name, good + 1, arguments[good]);
+                return wrong_argument(definition.ml_name, good + 1, arguments[good]);
             }
             const auto run = [owner](const auto&... each) -> Result {
                 return std::invoke(Function, *owner, each...);

@@ -255,7 +255,7 @@ def test_wrong_arguments_of_native_methods_are_type_errors():
         with pytest.raises(TypeError, match=rf"read\(\) takes 8 arguments but {len(wrong)} were given"):
             read(*wrong)
     for value in (-1, 1 << 64, 1.0, "1", None, torch.zeros(1)):
-        with pytest.raises(TypeError, match=r"read\(\) argument 8 is .*, of the wrong type or out of range"):
+        with pytest.raises(TypeError, match=r"read\(\) argument 8 is .*, of the wrong type"):
             read(*good[:-1], value)
     with pytest.raises(TypeError, match="keyword"):
         read(x=good[0])
