@@ -24,6 +24,7 @@ from .event import EventHandle, EventOverlap, wait_previous
 from .handles import Handle, check_handle_fields
 from .low_latency import LowLatencyMixin
 from .requests import (
+    Returned,
     cached_request,
     check_quantizable,
     checked_config,
@@ -360,14 +361,7 @@ class Buffer(LowLatencyMixin):
         use_fp8: bool = False,
         round_scale: bool = False,
         use_ue8m0: bool = False,
-    ) -> tuple[
-        Rows,
-        torch.Tensor | None,
-        torch.Tensor | None,
-        list[int] | None,
-        Handle | None,
-        EventOverlap,
-    ]:
+    ) -> Returned:
         """Send each token once to every rank that owns one of its experts.
 
         Args:
@@ -550,14 +544,7 @@ class Buffer(LowLatencyMixin):
         previous_event: PreviousEvent = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[
-        Rows,
-        torch.Tensor | None,
-        torch.Tensor | None,
-        list[int] | None,
-        Handle | None,
-        EventOverlap,
-    ]:
+    ) -> Returned:
         """`dispatch` under the name that it has for groups of several nodes. Call `dispatch`: it serves both."""
         return self.dispatch(
             x,
