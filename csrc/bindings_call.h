@@ -1,5 +1,5 @@
-// Methods that Python calls in the path of a short operation. pybind11 spends about 1 us on a dozen integers, a third of what
-// the launch behind them takes; here an integer costs a few nanoseconds.
+// Methods that Python calls in the path of a short operation. pybind11's casts of the arguments of such a launch, integers and
+// tuples of them, cost up to 1.2 us, those here 0.2 to 0.4 us.
 #pragma once
 #include <pybind11/pybind11.h>
 
