@@ -70,7 +70,7 @@ class DispatchInputs {
             !reader_.dense(per_expert, kInt32Type, 1, experts) || experts.shape[0] == 0)
             return none();
         return tuple_of(sent(rows, scale, idx.address(), weights.address()),
-                        tuple_of(ranks.address(), experts.address(), flags.address()), experts.shape[0]);
+                        tuple_of(experts.address(), flags.address()), experts.shape[0]);
     }
 
     // (sent, number of rows, send_head): what a dispatch by a handle takes. None likewise.

@@ -76,19 +76,19 @@ class DispatchPlan {
     using Sent = std::tuple<int, Address, Address, std::tuple<int64_t, int64_t>, Address, Address>;
 
     // Exchanges counts, writes the handle, and places the rows.
-    // layout: num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank.
+    // layout: num_tokens_per_expert, is_token_in_rank.
     // handle: rank_prefix_matrix, channel_prefix_matrix, recv_channel_prefix_matrix, send_head.
     void route(uint64_t signature, const Outputs& output, bool fixed_capacity, int num_experts,
-               int num_channels, const std::tuple<Address, Address, Address>& layout,
+               int num_channels, const std::tuple<Address, Address>& layout,
                const std::tuple<Address, Address, Address, Address>& handle, const Sent& sent, int num_sms,
                Address stream) const {
-        const auto& [per_rank, per_expert, in_rank] = layout;
+        const auto& [per_expert, in_rank] = layout;
         const auto& [rank_prefix, channel_prefix, recv_channel_prefix, send_head] = handle;
         if (!fixed_capacity) peers_.expect_counts();
         launch_dispatch_notify(
             {peers_.domain(), signature, output_offsets(output), fixed_capacity, std::get<0>(sent),
-             num_experts, num_channels, pointer<const int32_t>(per_rank), pointer<const int32_t>(per_expert),
-             pointer<const uint8_t>(in_rank), pointer<int32_t>(rank_prefix), pointer<int32_t>(channel_prefix),
+             num_experts, num_channels, pointer<const int32_t>(per_expert), pointer<const uint8_t>(in_rank),
+             pointer<int32_t>(rank_prefix), pointer<int32_t>(channel_prefix),
              pointer<int32_t>(recv_channel_prefix), pointer<int32_t>(send_head)},
             pointer(stream));
         launch_rows(signature, false, output, num_experts, send_head, sent, num_sms, stream);
@@ -286,7 +286,6 @@ void bind_peer_kernels(py::module_& m) {
     py::class_<PushCopies>(m, "PushCopies")
         .def(py::init([](PeerDomain& domain) { return std::make_unique<PushCopies>(domain.domain()); }))
         .def_static("available", &PushCopies::available)
-        .def("mark_ready", [](PushCopies& self, Address stream) { self.mark_ready(pointer(stream)); })
         .def("push", &PushCopies::push)
         .def("release", &PushCopies::release)
         .def("close", &PushCopies::close);

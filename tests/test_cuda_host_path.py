@@ -104,8 +104,8 @@ class KernelsOnCpu:
         def route(signature, output, fixed_capacity, num_experts, num_channels, layout, handle, sent, num_sms, stream):
             self.calls.append("route")
             assert num_sms == NUM_SMS and num_channels == NUM_CHANNELS
-            in_rank = at(layout[2], torch.bool, sent[0], 1)
-            num_rows = int(at(layout[0], torch.int32, 1))
+            in_rank = at(layout[1], torch.bool, sent[0], 1)
+            num_rows = int(in_rank.sum())
             heads = at(handle[3], torch.int32, sent[0], 1)
             heads.copy_(torch.where(in_rank, in_rank.int().cumsum(0) - 1, -1))
             at(handle[0], torch.int32, 1, 1).fill_(num_rows)
@@ -114,7 +114,7 @@ class KernelsOnCpu:
             fits = fixed_capacity or num_rows <= output[5]
             if fits:
                 place(output, heads, sent)
-            per_expert = at(layout[1], torch.int32, num_experts).tolist()
+            per_expert = at(layout[0], torch.int32, num_experts).tolist()
             self.counts = (num_rows, fits, per_expert, [[num_rows]], num_rows, 0)
 
         def repeat(signature, output, num_experts, send_head, sent, num_sms, stream):
@@ -175,7 +175,7 @@ def run(kernels: CudaKernels, request: DispatchRequest):
     assert torch.equal(per_rank, want.num_tokens_per_rank) and torch.equal(per_expert, want.num_tokens_per_expert)
     assert in_rank.dtype == torch.bool and torch.equal(in_rank, request.in_rank)
     request.in_rank = in_rank
-    result = kernels.dispatch(request, per_rank, per_expert, NUM_SMS)
+    result = kernels.dispatch(request, per_expert, NUM_SMS)
     tokens = in_rank[:, 0].nonzero()[:, 0]
     num_rows = request.num_worst_tokens or len(tokens)
     prefix, sent, received, src_idx, handle_in_rank, head = result.handle
@@ -257,7 +257,7 @@ def test_scales_of_any_strides_go_to_the_kernel_as_they_lie(kernels, num_tokens,
                 else:
                     layout = kernels.layout(torch.where(request.in_rank, 1, -1), NUM_EXPERTS)
                     operations.names.clear()
-                    result = kernels.dispatch(request, layout[0], layout[1], NUM_SMS)
+                    result = kernels.dispatch(request, layout[1], NUM_SMS)
             assert usual.setdefault(kind, operations.names) == operations.names, name
             assert kernels._domain.sent[2:4] == (scales.data_ptr(), scales.stride()), name
             tokens = request.in_rank[:, 0].nonzero()[:, 0]
@@ -290,4 +290,4 @@ def test_a_wait_that_fails_raises(kernels):
     layout = kernels.layout(request.topk_idx, NUM_EXPERTS)
     kernels._domain.await_counts = lambda num_experts: False
     with pytest.raises(CommTimeout, match="rank 3"):
-        kernels.dispatch(request, layout[0], layout[1], NUM_SMS)
+        kernels.dispatch(request, layout[1], NUM_SMS)

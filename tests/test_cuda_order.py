@@ -202,17 +202,60 @@ def run_planted(ctx: RankContext, planted: int, seed: int, steps: int = 60):
     return mismatches.found(), failure
 
 
+def run_planted_places(ctx: RankContext, planted: int, seed: int, steps: int = 60):
+    """Like `run_planted`, by dispatches that route anew, each otherwise than the ones before.
+
+    Of fixed capacity, so that the host waits for nothing. Whatever a place says, rows land in the output or nowhere.
+    """
+    tokens, hidden, ranks = 96, 256, ctx.num_ranks
+    buffer = make_buffer(ctx, timeout_s=3.0)
+    base = [
+        torch.randn(tokens, hidden, generator=generator(700, rank)).bfloat16().to(ctx.device) for rank in range(ranks)
+    ]
+    sent, wanted = [], []
+    for step in range(steps):
+        # Of this run alone: places that an earlier one left in the handle's memory must not be right.
+        keys = [(701, rank, step, planted, seed) for rank in range(ranks)]
+        idx = [torch.randint(-1, ranks, (tokens, 2), generator=generator(*key)) for key in keys]
+        mine = idx[ctx.rank].to(ctx.device)
+        layout = buffer.get_dispatch_layout(mine, ranks)
+        weights = torch.ones(tokens, 2, device=ctx.device)
+        sent.append((base[ctx.rank] + step, None, layout[0], None, layout[3], layout[2], mine, weights))
+        come = [base[rank][(idx[rank] == ctx.rank).any(1).to(ctx.device)] + step for rank in range(ranks)]
+        wanted.append(torch.cat(come))
+    mismatches = Mismatches(ctx.device)
+    for arguments in sent[:2]:
+        buffer.dispatch(*arguments, num_worst_tokens=tokens * ranks)
+    finished(buffer)
+    ctx.barrier()
+    domain_of(buffer).set_debug(seed, planted)
+
+    def act() -> None:
+        torch.cuda._sleep(SHORT_SLEEP)
+        for step, arguments in enumerate(sent):
+            out = buffer.dispatch(*arguments, num_worst_tokens=tokens * ranks)[0]
+            mismatches.compare(out[: len(wanted[step])], wanted[step], f"dispatch {step}")
+        finished(buffer)
+
+    failure = outcome(act)
+    torch.cuda.synchronize()
+    ctx.barrier()
+    return mismatches.found(), failure
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("run", [run_planted, run_planted_places])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_nothing_differs_without_a_bug(on_gpus, seed):
+def test_nothing_differs_without_a_bug(on_gpus, seed, run):
     on_gpus(2)
-    assert run_ranks(2, run_planted, 0, seed) == [([], None)] * 2
+    assert run_ranks(2, run, 0, seed) == [([], None)] * 2
 
 
 @pytest.mark.gpu
 def test_nothing_differs_on_three_ranks(on_gpus):
     on_gpus(3)
     assert run_ranks(3, run_planted, 0, 4, 12) == [([], None)] * 3
+    assert run_ranks(3, run_planted_places, 0, 4, 12) == [([], None)] * 3
 
 
 @pytest.mark.gpu
@@ -221,13 +264,14 @@ def test_planted_bugs_are_caught(on_gpus, name):
     """Each must show as bits that differ or as a typed error, soon, and leave the processes alive."""
     on_gpus(2)
     start = time.monotonic()
+    run = run_planted_places if "places" in name else run_planted
     seen = []
     for seed in (1, 2, 3):
-        seen = run_ranks(2, run_planted, PLANTED_BUGS[name], seed)
+        seen = run_ranks(2, run, PLANTED_BUGS[name], seed)
         for _, failure in seen:
             assert failure is None or failure[0] in ("PeerError", "CommTimeout"), failure
         if any(found or failure for found, failure in seen):
             break
     assert any(found or failure for found, failure in seen), f"{name!r} passed unnoticed"
     assert time.monotonic() - start < 45
-    assert run_ranks(2, run_planted, 0, 1) == [([], None)] * 2, "the processes must still work"
+    assert run_ranks(2, run, 0, 1) == [([], None)] * 2, "the processes must still work"

@@ -4,6 +4,7 @@
 #include "layout/elements.cuh"
 #include "layout/piece_walk.h"
 #include "ptx/bulk_copy.cuh"
+#include "ptx/grid.cuh"
 #include "runtime/errors.h"
 #include "runtime/kernel_attributes.h"
 #include "sync/exchange.cuh"
@@ -27,15 +28,16 @@ __device__ bool await_sources(const CombineRowsArgs& args, uint64_t epoch, const
     const int num_ranks = domain.num_ranks, rank = domain.rank, peer = static_cast<int>(threadIdx.x);
     bool here = true;
     if (peer < num_ranks) {
-        here = sync::await_announcement(domain, peer, epoch, args.signature, Operation::kCombine);
+        here = sync::await_announcement(domain, peer, epoch, Operation::kCombine);
+        const sync::Terms theirs = sync::terms(domain, peer, epoch);
+        here = here && sync::agrees(domain, peer, args.signature, theirs.signature, Operation::kCombine);
         if (here && peer == rank) {
             sources[peer] = args.rows;
             weights[peer] = args.weights;
         } else if (here) {
-            const Announcement* theirs = sync::announcement(domain, peer, rank, epoch);
-            weights[peer] = reinterpret_cast<const float*>(domain.base[peer] + theirs->topk_weights);
-            if (theirs->rows >= 0) {
-                sources[peer] = domain.base[peer] + theirs->rows;
+            weights[peer] = reinterpret_cast<const float*>(domain.base[peer] + theirs.topk_weights);
+            if (theirs.rows >= 0) {
+                sources[peer] = domain.base[peer] + theirs.rows;
             } else {
                 // The inbox holds what each other rank received from this one, so the sources' rows lie one after another;
                 // a source counts its rows from its own first one, whoever they belong to.
@@ -311,13 +313,14 @@ struct Summer {
 __device__ void announce_rows(const CombineRowsArgs& args, uint64_t epoch) {
     const int peer = static_cast<int>(threadIdx.x);
     if (peer >= args.domain.num_ranks) return;
+    // First of all, since copies wait for it: of the peers' rows and, by this rank's own word, of its rows to the peers.
+    if (args.push_number != 0) sync::open_inbox(args.domain, peer, args.push_number);
     // Released here: the rows, which earlier kernels of this stream wrote.
     Announcement* message = sync::open_announcement(args.domain, peer, epoch);
     message->signature = args.signature;
     message->rows = args.rows_offset;
     message->topk_weights = args.weights_offset;
     sync::publish(args.domain, peer, epoch);
-    if (args.push_number != 0) sync::open_inbox(args.domain, peer, args.push_number);
 }
 
 __device__ void sum_weights(const CombineRowsArgs& args, const float* const* weights) {
@@ -345,14 +348,15 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     __shared__ const float* weights[kMaxPeers];
     __shared__ unsigned pushed_by;  // ranks whose rows come into the inbox
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-    const uint64_t epoch = sync::own_control(args.domain)->epoch + 1;
-    if (blockIdx.x == 0) announce_rows(args, epoch);
     if (lane == 0) {
         for (int stage = 0; stage < kNumStages; ++stage) ptx::mbarrier_init(&loaded[warp][stage], 1);
         ptx::fence_mbarrier_init();
     }
     if (threadIdx.x == 0) pushed_by = 0;
     __syncthreads();
+    ptx::wait_for_earlier_kernels();
+    const uint64_t epoch = sync::own_control(args.domain)->epoch + 1;
+    if (blockIdx.x == 0) announce_rows(args, epoch);
     const bool all_here = await_sources(args, epoch, sources, weights, &pushed_by);
     // The rows were acquired by generic loads; bulk copies read them through another proxy.
     ptx::fence_proxy_async();
@@ -404,8 +408,8 @@ void launch(const CombineRowsArgs& args, int num_sms, cudaStream_t stream) {
         static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(num_sms, (jobs + 3) / 4)));
     auto* const kernel = args.num_biases == 0 && args.domain.num_ranks <= 2 ? combine_rows<Type, true>
                                                                             : combine_rows<Type, false>;
-    kernel<<<blocks, kMaxWarps * 32, kSharedBytes, stream>>>(args, pieces, many ? pieces.count : 1);
-    check_launch("combine_rows");
+    launch_early(kernel, blocks, kMaxWarps * 32, kSharedBytes, stream, "combine_rows", args, pieces,
+                 many ? pieces.count : 1);
 }
 
 }  // namespace

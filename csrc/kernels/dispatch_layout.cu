@@ -5,6 +5,7 @@
 
 #include "kernels/peer_launch.h"
 #include "layout/expert_range.h"
+#include "ptx/grid.cuh"
 #include "runtime/errors.h"
 #include "runtime/kernel_attributes.h"
 #include "sync/exchange.cuh"
@@ -104,11 +105,13 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kNumThreads)
     const int num_counts = args.domain.num_ranks + args.num_experts, thread = static_cast<int>(threadIdx.x);
     const int share = plan.share, block_tokens = plan.block_tokens;
     uint32_t* sums = counts + num_counts;
+    ptx::launch_dependents();
     for (int i = thread; i < num_counts + share; i += kNumThreads) counts[i] = 0;
     __syncthreads();
     auto cluster = cg::this_cluster();
     // The sums of all blocks are zero when all have come here; nobody waits for it before there is something to add.
     auto zeroed = cluster.barrier_arrive();
+    ptx::wait_for_earlier_kernels();
     for (int first = blockIdx.x * block_tokens; first < args.num_tokens; first += kBlocks * block_tokens) {
         count_tokens<Index>(args, plan, first, min(block_tokens, args.num_tokens - first), counts, ranks_of);
     }
@@ -152,13 +155,9 @@ void launch_dispatch_layout(const DispatchLayoutArgs& args, Stream stream) {
                           SmallDivider::of(num_ranks),
                           SmallDivider::of(share)};
     const size_t shared = sizeof(uint32_t) * (num_counts + (num_counts + kBlocks - 1) / kBlocks);
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    if (args.topk_is_int64) {
-        dispatch_layout<int64_t><<<kBlocks, kNumThreads, shared, cuda_stream>>>(args, plan);
-    } else {
-        dispatch_layout<int32_t><<<kBlocks, kNumThreads, shared, cuda_stream>>>(args, plan);
-    }
-    check_launch("dispatch_layout");
+    auto* const kernel = args.topk_is_int64 ? dispatch_layout<int64_t> : dispatch_layout<int32_t>;
+    launch_early(kernel, kBlocks, kNumThreads, shared, static_cast<cudaStream_t>(stream), "dispatch_layout",
+                 args, plan);
 }
 
 }  // namespace deep_ep

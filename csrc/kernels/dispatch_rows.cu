@@ -16,23 +16,52 @@ constexpr int kNumStages = 3;
 // Two pieces for a bf16 row of 7,168 columns: shorter pieces keep more warps busy, longer ones cost fewer instructions.
 constexpr int64_t kMaxPieceBytes = 8192;
 constexpr int kSharedBytes = 216 * 1024;
+constexpr int kScales = 2;  // that a lane keeps: 64 of a warp, enough for rows of 8,192 columns
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// What goes with a row, by ordinary stores of the warp.
-__device__ void send_metadata(const DispatchRowsArgs& args, const Destination* destinations, int token,
-                              int32_t head, unsigned mask, int lane) {
+// What travels beside a row, as far as a lane can keep it: read while rows before it are under way, and once for all ranks.
+struct Beside {
+    uint32_t scales[kScales];
+    Routing routing;
+};
+
+__device__ __forceinline__ uint32_t scale_of(const DispatchRowsArgs& args, int64_t token, int64_t column) {
+    return reinterpret_cast<const uint32_t*>(
+        args.scales)[token * args.scales_token_stride + column * args.scales_stride];
+}
+
+__device__ __forceinline__ Beside read_beside(const DispatchRowsArgs& args, int token, int lane) {
+    Beside beside{};
+    if (args.scales != nullptr && token < args.num_tokens) {
+#pragma unroll
+        for (int i = 0; i < kScales; ++i) {
+            const int column = lane + 32 * i;
+            if (column < args.scales_per_token) beside.scales[i] = scale_of(args, token, column);
+        }
+    }
+    beside.routing = read_routing(args, token, lane);
+    return beside;
+}
+
+// By ordinary stores of the warp.
+__device__ void send_beside(const DispatchRowsArgs& args, const Destination* destinations, int token,
+                            int32_t head, unsigned mask, const Beside& beside, int lane) {
     for (unsigned left = mask; left != 0; left &= left - 1) {
         const int peer = __ffs(left) - 1;
         const Destination& to = destinations[peer];
         const int64_t row = __shfl_sync(kAllLanes, head, peer);
         if (to.scales != nullptr) {
-            for (int i = lane; i < args.scales_per_token; i += 32) {
-                const auto* scales = reinterpret_cast<const uint32_t*>(args.scales);
-                reinterpret_cast<uint32_t*>(to.scales)[row * args.scales_per_token + i] =
-                    scales[token * args.scales_token_stride + i * args.scales_stride];
+            uint32_t* scales = reinterpret_cast<uint32_t*>(to.scales) + row * args.scales_per_token;
+#pragma unroll
+            for (int i = 0; i < kScales; ++i) {
+                const int column = lane + 32 * i;
+                if (column < args.scales_per_token) scales[column] = beside.scales[i];
+            }
+            for (int column = lane + 32 * kScales; column < args.scales_per_token; column += 32) {
+                scales[column] = scale_of(args, token, column);
             }
         }
-        send_routing(args, to, token, row, lane);
+        send_routing(args, to, token, row, beside.routing, lane);
     }
 }
 
@@ -48,10 +77,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
         for (int stage = 0; stage < kNumStages; ++stage) ptx::mbarrier_init(&loaded[warp][stage], 1);
         ptx::fence_mbarrier_init();
     }
-    ptx::wait_for_earlier_kernels();
-    const uint64_t epoch = sync::own_control(domain)->epoch + 1;
-    if (args.announce && blockIdx.x == 0) announce_outputs(args, epoch);
-
+    const uint64_t epoch = begin_rows(args);
     if (await_destinations(args, epoch, destinations)) {
         uint8_t* stage_base = stages + warp * kNumStages * pieces.bytes;
         const int step = static_cast<int>(gridDim.x) * num_warps;
@@ -68,14 +94,17 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
                            args.rows + walk.row * args.row_bytes + pieces.begin(walk.piece), bytes,
                            &loaded[warp][stage]);
         };
-        int32_t head = head_of(now), next_head = -1;
         if (now.row < args.num_tokens && lane == 0) load(now, 0);
+        Beside beside = read_beside(args, now.row, lane), next_beside = beside;
+        const bool has_places = await_places(args, epoch);
+        int32_t head = has_places ? head_of(now) : -1, next_head = -1;
         int stage = 0;
         uint32_t parity = 0;
         for (; now.row < args.num_tokens; now.next()) {
             const int next_stage = stage + 1 == kNumStages ? 0 : stage + 1;
             ahead.next();
-            next_head = head_of(ahead);
+            next_head = has_places ? head_of(ahead) : -1;
+            if (ahead.piece == 0) next_beside = read_beside(args, ahead.row, lane);
             if (ahead.row < args.num_tokens && lane == 0) {
                 // The stage's last store was kNumStages - 1 jobs ago; the groups since may still be reading theirs.
                 ptx::bulk_wait_read<kNumStages - 2>();
@@ -84,9 +113,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
             // Rows beyond a fixed capacity are left out; dispatch_notify has told the hosts.
             const bool goes = head >= 0 && head < destinations[min(lane, domain.num_ranks - 1)].capacity;
             const unsigned mask = __ballot_sync(kAllLanes, goes);
-            if (now.piece == 0) {
-                send_metadata(args, destinations, now.row, head, mask, lane);
-            }
+            if (now.piece == 0) send_beside(args, destinations, now.row, head, mask, beside, lane);
             const bool here = lane != 0 || sync::await_bulk(domain, &loaded[warp][stage], parity,
                                                             Operation::kDispatch, domain.rank);
             if (!__all_sync(kAllLanes, here)) break;
@@ -101,12 +128,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
             }
             if (lane == 0) ptx::bulk_commit();
             head = next_head;
+            beside = next_beside;
             stage = next_stage;
             if (stage == 0) parity ^= 1;
         }
         if (lane == 0) ptx::bulk_wait_all();
     }
-    sync::finish(domain, epoch, Operation::kDispatch);
+    end_rows(args, epoch);
 }
 
 }  // namespace

@@ -122,10 +122,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
         for (int stage = 0; stage < kNumStages; ++stage) ptx::mbarrier_init(&loaded[warp][stage], 1);
         ptx::fence_mbarrier_init();
     }
-    ptx::wait_for_earlier_kernels();
-    const uint64_t epoch = sync::own_control(domain)->epoch + 1;
-    if (args.announce && blockIdx.x == 0) announce_outputs(args, epoch);
-
+    const uint64_t epoch = begin_rows(args);
     if (await_destinations(args, epoch, destinations)) {
         uint8_t* own = shared + warp * kNumStages * (kMaxStageBytes + kScaleBytes);
         uint8_t* own_scales = own + kNumStages * kMaxStageBytes;
@@ -149,14 +146,17 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
         for (int stage = 0; stage < kNumStages - 1; ++stage) load(stage);
         const int64_t capacity = destinations[min(lane, num_ranks - 1)].capacity;
         const int group = args.format == ScaleFormat::kUe8m0 ? kTile * kTilesPerWord : kTile;
-        int32_t next_head = head_of(now);
+        const bool has_places = await_places(args, epoch);
+        int32_t next_head = has_places ? head_of(now) : -1;
         int stage = 0;
         uint32_t parity = 0;
         while (now.row < args.num_tokens) {
             const int32_t head = next_head;
             const int token = now.row, piece = now.piece;
+            Routing routing{};
+            if (piece == 0) routing = read_routing(args, token, lane);
             now.next();
-            next_head = head_of(now);
+            next_head = has_places ? head_of(now) : -1;
             // Rows beyond a fixed capacity are left out; dispatch_notify has told the hosts.
             const unsigned mask = __ballot_sync(kAllLanes, head >= 0 && head < capacity);
             uint8_t* row_piece = own + stage * kMaxStageBytes;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
                 for (int i = lane; i < num_words; i += 32) {
                     words[i] = reinterpret_cast<const uint32_t*>(scales)[i];
                 }
-                if (piece == 0) send_routing(args, to, token, row, lane);
+                if (piece == 0) send_routing(args, to, token, row, routing, lane);
             }
             if (lane == 0) {
                 ptx::bulk_commit();
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
         }
         if (lane == 0) ptx::bulk_wait_all();
     }
-    sync::finish(domain, epoch, Operation::kDispatch);
+    end_rows(args, epoch);
 }
 
 // Pieces in columns, which are also the bytes of the result.

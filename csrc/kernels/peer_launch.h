@@ -50,7 +50,6 @@ struct DispatchNotifyArgs {
     int num_tokens;
     int num_experts;
     int num_channels;
-    const int32_t* num_tokens_per_rank;
     const int32_t* num_tokens_per_expert;
     const uint8_t* is_token_in_rank;
     int32_t* rank_prefix_matrix;          // [R, R]

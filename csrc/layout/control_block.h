@@ -48,6 +48,9 @@ struct alignas(16) ControlBlock {
     uint64_t pushed[kMaxPeers];      // number << 32 | end of the rows that have come from that rank
     // Written by the owner's kernels.
     uint64_t late[kMaxPeers];  // the last wait for each peer that the host was told of, see sync/exchange.cuh
+    // From dispatch_notify to dispatch_rows, which runs beside it; 0 outside of a dispatch that routes anew.
+    uint64_t routing;  // epoch of the dispatch whose counts are being exchanged
+    uint64_t routed;   // the same when the rows' places are known
 };
 
 constexpr uint64_t kRefusedSignature =
@@ -111,6 +114,13 @@ enum class DeviceError : uint32_t {
     kExpertRange = 4,
     kRefused = 5
 };
-enum class Phase : uint32_t { kAnnouncement = 1, kDone = 2, kLayout = 3, kBulkCopy = 4, kPushed = 5 };
+enum class Phase : uint32_t {
+    kAnnouncement = 1,
+    kDone = 2,
+    kLayout = 3,
+    kBulkCopy = 4,
+    kPushed = 5,
+    kRouted = 6
+};
 
 }  // namespace deep_ep

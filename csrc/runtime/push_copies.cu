@@ -46,7 +46,6 @@ ControlBlock* control(const Domain& domain, int rank) {
 PushCopies::PushCopies(const Domain& domain) : domain_(domain) {
     stream_ = make_stream();
     mark_stream_ = make_stream();
-    rows_ready_ = make_event();
 }
 
 PushCopies::~PushCopies() {
@@ -65,17 +64,11 @@ bool PushCopies::available() {
     return status == CUDA_SUCCESS && can != 0;
 }
 
-void PushCopies::mark_ready(Stream stream) {
-    check_cuda(cudaEventRecord(static_cast<cudaEvent_t>(rows_ready_), static_cast<cudaStream_t>(stream)),
-               "recording an event");
-}
-
 void PushCopies::push(uint64_t number, uintptr_t rows, int64_t row_bytes,
                       const std::vector<int32_t>& recv_counts, const std::vector<uintptr_t>& inbox_at) {
     auto* const stream = static_cast<cudaStream_t>(stream_);
     auto* const marks = static_cast<cudaStream_t>(mark_stream_);
     const Driver& api = driver();
-    check_cuda(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(rows_ready_), 0), "ordering streams");
     const int num_ranks = domain_.num_ranks, rank = domain_.rank;
     struct Block {
         int home;
@@ -97,12 +90,14 @@ void PushCopies::push(uint64_t number, uintptr_t rows, int64_t row_bytes,
     std::sort(blocks.begin(), blocks.end(), [&](const Block& a, const Block& b) {
         return (a.home - rank + num_ranks) % num_ranks < (b.home - rank + num_ranks) % num_ranks;
     });
-    for (const Block& block : blocks) {
-        check_driver(
-            api.stream_wait_value(stream, address_of(&control(domain_, rank)->inbox_open[block.home]), number,
-                                  CU_STREAM_WAIT_VALUE_GEQ),
-            "waiting for an inbox");
-    }
+    if (blocks.empty()) return;
+    auto wait_for = [&](int home) {
+        check_driver(api.stream_wait_value(stream, address_of(&control(domain_, rank)->inbox_open[home]),
+                                           number, CU_STREAM_WAIT_VALUE_GEQ),
+                     "waiting for an inbox");
+    };
+    wait_for(rank);  // this rank's own kernel has begun, so the rows are computed
+    for (const Block& block : blocks) wait_for(block.home);
     int num_marks = 0;
     for (int chunk = 0; chunk < kMaxChunks; ++chunk) {
         for (const Block& block : blocks) {
@@ -145,12 +140,11 @@ void PushCopies::close() noexcept {
     if (stream_ == nullptr) return;
     cudaStreamDestroy(static_cast<cudaStream_t>(stream_));
     cudaStreamDestroy(static_cast<cudaStream_t>(mark_stream_));
-    cudaEventDestroy(static_cast<cudaEvent_t>(rows_ready_));
     for (void*& event : copied_) {
         if (event != nullptr) cudaEventDestroy(static_cast<cudaEvent_t>(event));
         event = nullptr;
     }
-    stream_ = mark_stream_ = rows_ready_ = nullptr;
+    stream_ = mark_stream_ = nullptr;
 }
 
 }  // namespace deep_ep

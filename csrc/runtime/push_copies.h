@@ -19,12 +19,9 @@ class PushCopies {
     // Whether streams of this device can wait for and write words of memory.
     static bool available();
 
-    // Call before the combine kernel is launched on `stream`, and push() after: what the copies wait for at the peers,
-    // their kernels, must never be queued behind them.
-    void mark_ready(Stream stream);
-
-    // Enqueues the copies of combine `number`. rows: this rank's, in receive order. recv_counts: rows from each rank.
-    // inbox_at: for each rank, the address, as mapped here, where this rank's rows go.
+    // Enqueues the copies of combine `number`, whose kernel has been launched: what the copies wait for, this rank's kernel and
+    // those of the peers, must never be queued behind them. rows: this rank's, in receive order. recv_counts: rows from each
+    // rank. inbox_at: for each rank, the address, as mapped here, where this rank's rows go.
     void push(uint64_t number, uintptr_t rows, int64_t row_bytes, const std::vector<int32_t>& recv_counts,
               const std::vector<uintptr_t>& inbox_at);
 
@@ -35,9 +32,8 @@ class PushCopies {
   private:
     Domain domain_;
     static constexpr int kMaxMarks = 7 * kMaxPeers;
-    void* stream_ = nullptr;       // of the copies
-    void* mark_stream_ = nullptr;  // of the marks that tell how far the copies have come
-    void* rows_ready_ = nullptr;
+    void* stream_ = nullptr;        // of the copies
+    void* mark_stream_ = nullptr;   // of the marks that tell how far the copies have come
     void* copied_[kMaxMarks] = {};  // events, made when first needed
 };
 

@@ -7,6 +7,8 @@
 //   kAwaitAnnouncement                    await_announcement()
 //   kMarkAfterStores                      release: finish(), its first half  acquire: finish(), its second half
 //   kAwaitMarks                           finish(), its second half
+//   kPlacesBeforeFlag                     release: tell_routed()             acquire: await_routed()
+//   kAwaitPlaces                          await_routed()
 //
 // Time is part of a test too: a delay seed makes blocks dawdle at every signal and wait. With neither a seed nor a
 // planted bug, a site costs one branch on a kernel argument.
@@ -72,7 +74,9 @@ enum class Site : uint32_t {
     kAwaitPushed = 5,
     kArrive = 6,
     kMark = 7,
-    kAwaitMark = 8
+    kAwaitMark = 8,
+    kPlaces = 9,
+    kAwaitPlaces = 10
 };
 
 __device__ __forceinline__ uint32_t mixed(uint32_t hash, uint32_t part) {
@@ -167,7 +171,6 @@ __device__ __forceinline__ Announcement* open_announcement(const Domain& domain,
 __device__ __forceinline__ void publish(const Domain& domain, int to, uint64_t epoch) {
     Announcement* message = announcement(domain, domain.rank, to, epoch);
     dawdle(domain, Site::kPublish, to, epoch);
-    ptx::fence_acq_rel_sys();
     ptx::st_release_sys(&message->epoch, epoch);
     if (!is_broken(domain, Contract::kAnnouncedInTime)) return;
     // The slot of the next epoch is free, see announcement(); the counts in it stay those of the last operation.
@@ -175,25 +178,36 @@ __device__ __forceinline__ void publish(const Domain& domain, int to, uint64_t e
     const auto* from = reinterpret_cast<const volatile uint64_t*>(message);
     auto* into = reinterpret_cast<volatile uint64_t*>(early);
     for (size_t i = 1; i < offsetof(Announcement, send_counts) / sizeof(uint64_t); ++i) into[i] = from[i];
-    ptx::fence_acq_rel_sys();
     ptx::st_release_sys(&early->epoch, epoch + 1);
 }
 
-// Waits for a peer's announcement and checks that it is in the same operation with the same shapes. Each block that
-// touches peers' memory waits by itself (kAwaitAnnouncement).
+// Waits for a peer's announcement. Each block that touches peers' memory waits by itself (kAwaitAnnouncement).
 //
 // Order: acquires the fields and what the peer's stream did to the memory announced before; pairs with publish(). Bulk
 // copies see memory through another proxy: a block that reads the peer's rows by them fences proxies after this.
 __device__ __forceinline__ bool await_announcement(const Domain& domain, int from, uint64_t epoch,
-                                                   uint64_t signature, Operation operation) {
+                                                   Operation operation) {
     const Announcement* message = announcement(domain, from, domain.rank, epoch);
     dawdle(domain, Site::kAwait, from, epoch);
     // Unawaited, it is the one of two operations ago, whose memory is the peer's as well: wrong, but not wild.
-    if (!is_broken(domain, Contract::kAwaitAnnouncement) &&
-        !wait_at_least(domain, &message->epoch, epoch, operation, Phase::kAnnouncement, from)) {
-        return false;
-    }
-    const uint64_t theirs = *reinterpret_cast<const volatile uint64_t*>(&message->signature);
+    return is_broken(domain, Contract::kAwaitAnnouncement) ||
+           wait_at_least(domain, &message->epoch, epoch, operation, Phase::kAnnouncement, from);
+}
+
+// What a peer announced, but for its counts. To be read together: one after the other each field would cost a latency.
+struct Terms {
+    uint64_t signature;
+    int64_t rows, scales, topk_idx, topk_weights, src_idx, capacity;
+};
+__device__ __forceinline__ Terms terms(const Domain& domain, int from, uint64_t epoch) {
+    const Announcement* theirs = announcement(domain, from, domain.rank, epoch);
+    return {theirs->signature,    theirs->rows,    theirs->scales,  theirs->topk_idx,
+            theirs->topk_weights, theirs->src_idx, theirs->capacity};
+}
+
+// Whether a peer whose announcement is here is in the same operation with the same shapes.
+__device__ __forceinline__ bool agrees(const Domain& domain, int from, uint64_t signature, uint64_t theirs,
+                                       Operation operation) {
     if (theirs == signature) return true;
     if (theirs == kRefusedSignature && operation == Operation::kDispatch) {
         // No failure of the buffer: all ranks end the operation without moving anything.
@@ -206,12 +220,62 @@ __device__ __forceinline__ bool await_announcement(const Domain& domain, int fro
     return false;
 }
 
-// This rank's inbox is free for the rows of combine `number`, which `to`'s copy engine may bring from now on.
+// dispatch_notify has begun: dispatch_rows, which runs beside it, learns the epoch.
 //
-// Order: releases everything earlier in this stream that read or wrote the inbox. Pairs with a wait of `to`'s copy stream.
+// Order: releases what the kernels before this one in the stream wrote, which the calling thread has waited for. Pairs with
+// await_routing().
+__device__ __forceinline__ void tell_routing(const Domain& domain, uint64_t epoch) {
+    ptx::st_release_gpu(&own_control(domain)->routing, epoch);
+}
+
+// The epoch of the dispatch whose counts are being exchanged; 0 after a failure. By a kernel that was launched while
+// dispatch_notify runs. It has no deadline, like any wait of a stream for the kernels before: none of them waits for a peer
+// without one.
+//
+// Order: acquires what tell_routing() releases. Nothing older is taken for it: finish() clears the word, and no kernel behind
+// an operation starts before its blocks have ended.
+__device__ __forceinline__ uint64_t await_routing(const Domain& domain) {
+    const uint64_t* word = &own_control(domain)->routing;
+    uint64_t epoch = 0;
+    while ((epoch = ptx::ld_acquire_gpu(word)) == 0 && !has_failed(domain)) {
+    }
+    return epoch;
+}
+
+// The places of all rows are written; by one thread, after a block barrier that follows the block's writes.
+//
+// Order: releases them (kPlacesBeforeFlag). Pairs with await_routed().
+__device__ __forceinline__ void tell_routed(const Domain& domain, uint64_t epoch) {
+    dawdle(domain, Site::kPlaces, domain.rank, epoch);
+    ptx::st_release_gpu(&own_control(domain)->routed, epoch);
+}
+
+// Waits for the places of all rows (kAwaitPlaces). The wait for the announcements, in dispatch_notify, has a deadline and tells
+// in any case, so this one needs more time only where that kernel does not run.
+//
+// Order: acquires the places; pairs with tell_routed().
+__device__ __forceinline__ bool await_routed(const Domain& domain, uint64_t epoch) {
+    dawdle(domain, Site::kAwaitPlaces, domain.rank, epoch);
+    // Unawaited, rows go where the memory of the handle says: to some row of the output, or nowhere.
+    if (is_broken(domain, Contract::kAwaitPlaces)) return true;
+    const uint64_t* word = &own_control(domain)->routed;
+    const uint64_t start = ptx::globaltimer_ns();
+    for (uint64_t seen = 0; (seen = ptx::ld_acquire_gpu(word)) != epoch;) {
+        if (has_failed(domain)) return false;
+        if (ptx::globaltimer_ns() - start <= 2 * domain.timeout_ns) continue;
+        report(domain, DeviceError::kTimeout, Operation::kDispatch, Phase::kRouted, domain.rank, epoch, seen);
+        return false;
+    }
+    return true;
+}
+
+// This rank's inbox is free for the rows of combine `number`, which `to`'s copy engine may bring from now on. Told to this rank
+// itself, it says that its own rows are there, which its copy engine may take to the peers.
+//
+// Order: releases everything earlier in this stream that read or wrote the inbox, or wrote the rows. Pairs with a wait of `to`'s
+// copy stream.
 __device__ __forceinline__ void open_inbox(const Domain& domain, int to, uint64_t number) {
     dawdle(domain, Site::kOpenInbox, to, number);
-    ptx::fence_acq_rel_sys();
     ptx::st_release_sys(&control(domain, to)->inbox_open[domain.rank], number);
 }
 
@@ -242,17 +306,16 @@ __device__ __forceinline__ void finish(const Domain& domain, uint64_t epoch, Ope
     dawdle(domain, Site::kArrive, domain.rank, epoch);
     __syncthreads();
     if (threadIdx.x == 0) {
-        ptx::fence_acq_rel_sys();
         const uint32_t arrived = ptx::add_acq_rel_gpu(&own->arrived, 1);
         is_last = arrived == gridDim.x - 1;
         sends_marks = is_broken(domain, Contract::kMarkAfterStores) ? arrived == 0 : is_last;
+        if (is_last) own->routing = own->routed = 0;
     }
     __syncthreads();
     const int peer = static_cast<int>(threadIdx.x);
     // After a failure peers must not take this rank's part for done.
     if (sends_marks && peer < domain.num_ranks && atomicAdd(&own->failed, 0u) == 0) {
         dawdle(domain, Site::kMark, peer, epoch);
-        ptx::fence_acq_rel_sys();
         ptx::st_release_sys(&control(domain, peer)->done[domain.rank], epoch);
         dawdle(domain, Site::kAwaitMark, peer, epoch);
         if (!is_broken(domain, Contract::kAwaitMarks)) {

@@ -14,6 +14,8 @@ enum class Contract : uint32_t {
     kAwaitAnnouncement = 2,  // no row moves before the peer's announcement of this operation is here
     kMarkAfterStores = 3,    // a done mark comes after the stores of all blocks
     kAwaitMarks = 4,         // an operation ends after the done marks of all peers
+    kPlacesBeforeFlag = 5,   // rows are told to go when their places have been written
+    kAwaitPlaces = 6,        // and go when they are told
 };
 
 struct PlantedBug {
@@ -27,6 +29,8 @@ constexpr PlantedBug kPlantedBugs[] = {
     {"announcement not awaited", Contract::kAwaitAnnouncement},
     {"mark before stores", Contract::kMarkAfterStores},
     {"marks not awaited", Contract::kAwaitMarks},
+    {"flag before places", Contract::kPlacesBeforeFlag},
+    {"places not awaited", Contract::kAwaitPlaces},
 };
 
 }  // namespace deep_ep

@@ -177,14 +177,14 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         )
 
     def dispatch(
-        self, request: DispatchRequest, per_rank: torch.Tensor, per_expert: torch.Tensor, num_sms: int
+        self, request: DispatchRequest, per_expert: torch.Tensor, num_sms: int
     ) -> DispatchResult:
         """Route anew: exchange counts, write the handle, place the rows."""
         in_rank = request.in_rank
         return self.run_dispatch(
             self._plan(request.rows, request.scales, request.scale_format, request.topk_idx),
             self._sent(request),
-            (per_rank.data_ptr(), per_expert.data_ptr(), in_rank.data_ptr()),
+            (per_expert.data_ptr(), in_rank.data_ptr()),
             in_rank,
             per_expert.shape[0],
             request.num_worst_tokens,
@@ -196,7 +196,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         self,
         plan: RowPlan,
         sent: Sent,
-        layout: tuple[int, int, int],
+        layout: tuple[int, int],
         in_rank: torch.Tensor,
         num_experts: int,
         num_worst_tokens: int,
@@ -206,7 +206,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         """`dispatch` of what lies at these addresses.
 
         Args:
-            layout: num_tokens_per_rank, num_tokens_per_expert and is_token_in_rank.
+            layout: num_tokens_per_expert and is_token_in_rank, from which the tokens of each rank are counted.
         """
         num_tokens, num_ranks = sent[0], self.num_ranks
         self._check_limits(num_experts, num_channels)
@@ -378,8 +378,6 @@ class CudaKernels(DispatchOutputs, CombineInputs):
             out_weights = self._new((num_tokens, num_topk), (max(num_topk, 1), 1), torch.float32)
         if copies:
             self._copy(copies, sms)
-        if sent is not None and self._push is not None:
-            self._push.mark_ready(self._stream)
         self._count("combine_rows")
         self._launch_combine(
             self._combines.signature(dtype, hidden, num_topk),

@@ -269,10 +269,9 @@ class CudaEngine(PortableEngine):
         request.rows = _aligned(request.rows)
         if request.route is not None:
             return self.kernels.dispatch_cached(request, request.route.handle, request.num_sms)
-        per_rank, per_expert = request.num_tokens_per_rank, request.num_tokens_per_expert
-        if per_rank is None or per_expert is None:
-            raise ConfigError("dispatch: num_tokens_per_rank and num_tokens_per_expert are needed without a handle")
-        return self.kernels.dispatch(request, per_rank, per_expert, request.num_sms)
+        if request.num_tokens_per_expert is None:
+            raise ConfigError("dispatch: num_tokens_per_expert is needed without a handle")
+        return self.kernels.dispatch(request, request.num_tokens_per_expert, request.num_sms)
 
     def combine(
         self,
