@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "bindings_call.h"
+#include "bindings_low_latency.h"
 #include "layout/expert_range.h"
 #include "layout/low_latency_outputs.h"
 
@@ -20,7 +20,7 @@ namespace py = pybind11;
 namespace deep_ep {
 
 void bind_low_latency(py::module_& m);
-void bind_low_latency_inputs(py::module_& m);  // bindings_low_latency_inputs.cpp
+void bind_low_latency_calls(py::module_& m);  // bindings_low_latency_calls.cpp
 
 namespace {
 
@@ -91,14 +91,12 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Where operations are enqueued: the order between streams, and the failures that end it all. One call before an operation
-// and one for it, since each costs the host as much as a small kernel takes.
+// Where operations are enqueued: the order between streams, and the failures that end it all.
 class LowLatencyQueue {
   public:
     LowLatencyQueue(PeerDomain& peers, StreamOrder& order) : peers_(peers), order_(order) {}
 
-    // -1: kernels have reported a failure, and nothing was done. 1: the stream is being captured into a graph. 0: it is
-    // not, and waits for the operation before.
+    // See LowLatencyEntry.
     int begin(Address stream) const {
         if (peers_.host().error != 0) return -1;
         return order_.begin(pointer(stream)) ? 1 : 0;
@@ -109,6 +107,28 @@ class LowLatencyQueue {
   private:
     PeerDomain& peers_;
     StreamOrder& order_;
+};
+
+// The functions of a plan of either kind, at an address that lasts as long as the plan.
+template <class Plan, class Arguments>
+class Entry {
+  public:
+    explicit Entry(Plan* plan) : entry_{plan, &begin, &launch} {}
+    Address address() const { return reinterpret_cast<Address>(&entry_); }
+
+  private:
+    static int begin(void* plan, Address stream) {
+        return static_cast<const Plan*>(plan)->queue().begin(stream);
+    }
+    static void launch(void* plan, const void* arguments, int part, int num_sms, Address stream,
+                       bool captured) {
+        const auto* self = static_cast<const Plan*>(plan);
+        self->launch(*static_cast<const Arguments*>(arguments), static_cast<LowLatencyPart>(part), num_sms,
+                     pointer(stream));
+        if (!captured) self->queue().end(stream);
+    }
+
+    LowLatencyEntry entry_;
 };
 
 // Everything of a dispatch that does not change from call to call with the same shapes.
@@ -136,21 +156,24 @@ class LowLatencyDispatchPlan {
         args_.expert_major = expert_major;
     }
 
-    const LowLatencyOutputs& outputs() const { return outputs_; }
+    LowLatencyDispatchPlan(const LowLatencyDispatchPlan&) = delete;
+    LowLatencyDispatchPlan& operator=(const LowLatencyDispatchPlan&) = delete;
 
-    // scales: 0 for bf16 rows. small: address of the block of the small outputs. part: a LowLatencyPart. captured: what
-    // the queue said of the stream.
-    void launch(Address x, Address topk_idx, Address topk_weights, int num_tokens, Address rows,
-                Address scales, Address small, Address recv_stats, Address wait_stats, int part, int num_sms,
-                Address stream, bool captured) const {
+    const LowLatencyQueue& queue() const { return queue_; }
+    const LowLatencyOutputs& outputs() const { return outputs_; }
+    Address entry() const { return entry_.address(); }
+
+    void launch(const LowLatencyDispatchArguments& call, LowLatencyPart part, int num_sms,
+                Stream stream) const {
         LowLatencyDispatchArgs args = args_;
         args.ll = peers_.domain();
-        args.x = pointer<const uint8_t>(x);
-        args.topk_idx = pointer<const void>(topk_idx);
-        args.topk_weights = pointer<const float>(topk_weights);
-        args.num_tokens = num_tokens;
-        args.rows = pointer<uint8_t>(rows);
-        args.scales = pointer<uint32_t>(scales);
+        args.x = pointer<const uint8_t>(call.x);
+        args.topk_idx = pointer<const void>(call.topk_idx);
+        args.topk_weights = pointer<const float>(call.topk_weights);
+        args.num_tokens = static_cast<int>(call.num_tokens);
+        args.rows = pointer<uint8_t>(call.rows);
+        args.scales = pointer<uint32_t>(call.scales);
+        const Address small = call.small;
         args.layout_range = pointer<int64_t>(small);
         args.ticket = pointer<uint64_t>(small + outputs_.ticket_at);
         args.recv_count = pointer<int32_t>(small + outputs_.recv_count_at);
@@ -158,10 +181,9 @@ class LowLatencyDispatchPlan {
         args.source_tokens = pointer<int32_t>(small + outputs_.source_tokens_at);
         args.positions = pointer<int32_t>(small + outputs_.positions_at);
         if (with_weights_) args.weights = pointer<float>(small + outputs_.weights_at);
-        args.recv_stats = pointer<int32_t>(recv_stats);
-        args.wait_stats = pointer<int64_t>(wait_stats);
-        launch_low_latency_dispatch(args, static_cast<LowLatencyPart>(part), num_sms, pointer(stream));
-        if (!captured) queue_.end(stream);
+        args.recv_stats = pointer<int32_t>(call.recv_stats);
+        args.wait_stats = pointer<int64_t>(call.wait_stats);
+        launch_low_latency_dispatch(args, part, num_sms, stream);
     }
 
   private:
@@ -170,6 +192,7 @@ class LowLatencyDispatchPlan {
     bool with_weights_;
     LowLatencyOutputs outputs_{};
     LowLatencyDispatchArgs args_{};
+    Entry<LowLatencyDispatchPlan, LowLatencyDispatchArguments> entry_{this};
 };
 
 // The shape of a combine: as for LowLatencyDispatchPlan.
@@ -190,33 +213,36 @@ class LowLatencyCombinePlan {
         args_.expert_major = expert_major;
     }
 
-    // source_tokens, positions, weights, wait_stats, ticket: 0 for none. By source also src_info, layout_range, topk_weights.
-    void launch(Address x, Address src_info, Address layout_range, Address source_tokens, Address positions,
-                Address weights, Address topk_idx, Address topk_weights, int num_tokens, Address out,
-                Address wait_stats, Address ticket, int part, int num_sms, Address stream,
-                bool captured) const {
+    LowLatencyCombinePlan(const LowLatencyCombinePlan&) = delete;
+    LowLatencyCombinePlan& operator=(const LowLatencyCombinePlan&) = delete;
+
+    const LowLatencyQueue& queue() const { return queue_; }
+    Address entry() const { return entry_.address(); }
+
+    void launch(const LowLatencyCombineArguments& call, LowLatencyPart part, int num_sms,
+                Stream stream) const {
         LowLatencyCombineArgs args = args_;
         args.ll = peers_.domain();
-        args.x = pointer<const uint8_t>(x);
-        args.src_info = pointer<const int32_t>(src_info);
-        args.layout_range = pointer<const int64_t>(layout_range);
-        args.source_tokens = pointer<const int32_t>(source_tokens);
-        args.positions = pointer<const int32_t>(positions);
-        args.weights = pointer<const float>(weights);
-        args.topk_idx = pointer<const void>(topk_idx);
-        args.topk_weights = pointer<const float>(topk_weights);
-        args.num_tokens = num_tokens;
-        args.out = pointer<uint8_t>(out);
-        args.wait_stats = pointer<int64_t>(wait_stats);
-        args.ticket = pointer<uint64_t>(ticket);
-        launch_low_latency_combine(args, static_cast<LowLatencyPart>(part), num_sms, pointer(stream));
-        if (!captured) queue_.end(stream);
+        args.x = pointer<const uint8_t>(call.x);
+        args.src_info = pointer<const int32_t>(call.src_info);
+        args.layout_range = pointer<const int64_t>(call.layout_range);
+        args.source_tokens = pointer<const int32_t>(call.source_tokens);
+        args.positions = pointer<const int32_t>(call.positions);
+        args.weights = pointer<const float>(call.weights);
+        args.topk_idx = pointer<const void>(call.topk_idx);
+        args.topk_weights = pointer<const float>(call.topk_weights);
+        args.num_tokens = static_cast<int>(call.num_tokens);
+        args.out = pointer<uint8_t>(call.out);
+        args.wait_stats = pointer<int64_t>(call.wait_stats);
+        args.ticket = pointer<uint64_t>(call.ticket);
+        launch_low_latency_combine(args, part, num_sms, stream);
     }
 
   private:
     const LowLatencyPeers& peers_;
     const LowLatencyQueue& queue_;
     LowLatencyCombineArgs args_{};
+    Entry<LowLatencyCombinePlan, LowLatencyCombineArguments> entry_{this};
 };
 
 void load_kernels() {
@@ -243,22 +269,21 @@ void bind_kernels(py::module_& m) {
         .def("refuse", [](const LowLatencyPeers& self, int kind, Address stream) {
             launch_low_latency_refuse(self.domain(), static_cast<LowLatencyKind>(kind), pointer(stream));
         });
-    py::class_<LowLatencyQueue> queue(m, "LowLatencyQueue");
-    queue.def(py::init<PeerDomain&, StreamOrder&>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+    py::class_<LowLatencyQueue>(m, "LowLatencyQueue")
+        .def(py::init<PeerDomain&, StreamOrder&>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+        .def("begin", &LowLatencyQueue::begin)
         .def("end", &LowLatencyQueue::end);
-    def_fast<&LowLatencyQueue::begin>(queue, "begin");
-    py::class_<LowLatencyDispatchPlan> dispatch(m, "LowLatencyDispatchPlan");
-    dispatch
+    py::class_<LowLatencyDispatchPlan>(m, "LowLatencyDispatchPlan")
         .def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int, int,
                       bool, bool>(),
              py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
-        .def_property_readonly("outputs", &LowLatencyDispatchPlan::outputs);
-    def_fast<&LowLatencyDispatchPlan::launch>(dispatch, "launch");
-    py::class_<LowLatencyCombinePlan> combine(m, "LowLatencyCombinePlan");
-    combine.def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int,
-                         bool, bool, bool>(),
-                py::keep_alive<1, 2>(), py::keep_alive<1, 3>());
-    def_fast<&LowLatencyCombinePlan::launch>(combine, "launch");
+        .def_property_readonly("outputs", &LowLatencyDispatchPlan::outputs)
+        .def_property_readonly("entry", &LowLatencyDispatchPlan::entry);
+    py::class_<LowLatencyCombinePlan>(m, "LowLatencyCombinePlan")
+        .def(py::init<const LowLatencyPeers&, const LowLatencyQueue&, uint64_t, int, bool, int, int, int,
+                      bool, bool, bool>(),
+             py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+        .def_property_readonly("entry", &LowLatencyCombinePlan::entry);
 }
 
 #endif  // DEEP_EP_WITH_CUDA
@@ -280,7 +305,7 @@ void bind_low_latency(py::module_& m) {
         return py::make_tuple(owner, map.first(owner), map.count(owner));
     });
     bind_outputs(m);
-    bind_low_latency_inputs(m);
+    bind_low_latency_calls(m);
 #ifdef DEEP_EP_WITH_CUDA
     bind_kernels(m);
 #endif

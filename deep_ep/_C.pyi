@@ -1,4 +1,7 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
 
 has_cuda: bool
 
@@ -429,7 +432,23 @@ class CombineInputs:
     # num_rows, hidden, num_tokens, num_topk, x, topk_weights, rank_prefix, send_head
     def read(self, x: object, handle: object, topk_weights: object, /) -> tuple[int, ...] | None: ...
 
-class LowLatencyDispatchInputs:
+class LowLatencyHandles:
+    def __init__(
+        self,
+        make_slab: Callable[[int], tuple[Any, ...]],
+        view: Callable[..., Tensor],
+        num_parts: int,
+        part_bytes: int,
+        layouts: list[tuple[Any, ...]],
+        shape: object,
+        attribute: str,
+        numbers: tuple[int, int, int],
+    ) -> None: ...
+    # recv_count, the handle, and the address of their part
+    def take(self, stream: int, captured: bool) -> tuple[Tensor, tuple[Any, ...], int]: ...
+
+class LowLatencyDispatchCalls:
+    # plan: has an attribute `entry`, the address of a LowLatencyEntry.
     def __init__(
         self,
         tensor_type: type,
@@ -441,13 +460,33 @@ class LowLatencyDispatchInputs:
         with_weights: bool,
         num_local: int,
         num_ranks: int,
+        plan: object,
+        lease: Callable[[], None],
+        new_tensor: Callable[..., Tensor],
+        handles: LowLatencyHandles,
+        rows: tuple[Any, ...],
+        scales: tuple[Any, ...] | None,
     ) -> None: ...
-    # x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats
-    def read(
-        self, x: object, topk_idx: object, topk_weights: object, recv_stats: object, wait_stats: object, /
-    ) -> tuple[int, ...] | None: ...
+    # ((recv_x, recv_count, handle), num_tokens, sent)
+    def try_run(
+        self,
+        x: object,
+        topk_idx: object,
+        topk_weights: object,
+        recv_stats: object,
+        wait_stats: object,
+        part: int,
+        num_sms: int,
+        stream: int,
+        /,
+    ) -> tuple[Any, int, bytes | None] | None: ...
+    # inputs: x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats
+    def run(
+        self, inputs: tuple[int, ...], part: int, num_sms: int, stream: int, /
+    ) -> tuple[Any, int, bytes | None] | None: ...
+    def receive(self, sent: bytes, num_sms: int, stream: int, /) -> bool: ...
 
-class LowLatencyCombineInputs:
+class LowLatencyCombineCalls:
     def __init__(
         self,
         tensor_type: type,
@@ -459,11 +498,16 @@ class LowLatencyCombineInputs:
         num_topk: int,
         topk_is_int64: bool,
         expert_major: bool,
-        src_info_at: int,
         num_ranks: int,
+        places: tuple[int, int, int, int],
+        plan: object,
+        lease: Callable[[], None],
+        new_tensor: Callable[..., Tensor],
+        out: tuple[Any, ...],
+        ticket: tuple[Any, ...],
     ) -> None: ...
-    # x, src_info, layout_range, topk_idx, topk_weights, num_tokens, out, wait_stats
-    def read(
+    # (out, num_tokens, sent, ticket)
+    def try_run(
         self,
         x: object,
         src_info: object,
@@ -473,8 +517,17 @@ class LowLatencyCombineInputs:
         out: object,
         wait_stats: object,
         block: int,
+        part: int,
+        num_sms: int,
+        stream: int,
         /,
-    ) -> tuple[int, ...] | None: ...
+    ) -> tuple[Tensor, int, bytes | None, Tensor | None] | None: ...
+    # inputs: x, src_info, layout_range, source_tokens, positions, weights, topk_idx, topk_weights, num_tokens, out,
+    # wait_stats
+    def run(
+        self, inputs: tuple[int, ...], part: int, num_sms: int, stream: int, /
+    ) -> tuple[None, int, bytes | None, Tensor | None] | None: ...
+    def receive(self, sent: bytes, num_sms: int, stream: int, /) -> bool: ...
 
 class LowLatencyPeers:
     def __init__(
@@ -495,7 +548,7 @@ class LowLatencyPeers:
 
 class LowLatencyQueue:
     def __init__(self, peers: PeerDomain, order: StreamOrder) -> None: ...
-    def begin(self, stream: int, /) -> int: ...
+    def begin(self, stream: int) -> int: ...
     def end(self, stream: int) -> None: ...
 
 class LowLatencyDispatchPlan:
@@ -515,23 +568,8 @@ class LowLatencyDispatchPlan:
     ) -> None: ...
     @property
     def outputs(self) -> LowLatencyOutputs: ...
-    def launch(
-        self,
-        x: int,
-        topk_idx: int,
-        topk_weights: int,
-        num_tokens: int,
-        rows: int,
-        scales: int,
-        small: int,
-        recv_stats: int,
-        wait_stats: int,
-        part: int,
-        num_sms: int,
-        stream: int,
-        captured: bool,
-        /,
-    ) -> None: ...
+    @property
+    def entry(self) -> int: ...
 
 class LowLatencyCombinePlan:
     def __init__(
@@ -548,23 +586,5 @@ class LowLatencyCombinePlan:
         use_logfmt: bool,
         expert_major: bool,
     ) -> None: ...
-    def launch(
-        self,
-        x: int,
-        src_info: int,
-        layout_range: int,
-        source_tokens: int,
-        positions: int,
-        weights: int,
-        topk_idx: int,
-        topk_weights: int,
-        num_tokens: int,
-        out: int,
-        wait_stats: int,
-        ticket: int,
-        part: int,
-        num_sms: int,
-        stream: int,
-        captured: bool,
-        /,
-    ) -> None: ...
+    @property
+    def entry(self) -> int: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -42,9 +43,23 @@ class FakeQueue:
         self.ended.append(stream)
 
 
-class FakePlan:
-    """A plan of either kind. Launches are kept on the class, in order, without whether they were captured."""
+BEGIN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+LAUNCH = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_bool
+)
 
+
+class Entry(ctypes.Structure):
+    """LowLatencyEntry of csrc/bindings_low_latency.h, whose functions are Python's."""
+
+    _fields_ = (("plan", ctypes.c_void_p), ("begin", BEGIN), ("launch", LAUNCH))
+
+
+class FakePlan:
+    """A plan of combines. Launches are kept on the class, in order: the plan, the addresses and numbers that it was
+    given, the part, the number of SMs, and the stream; apart from these, whether they were captured."""
+
+    num_arguments: ClassVar[int] = 12
     launches: ClassVar[list[tuple[Any, ...]]] = []
     captured: ClassVar[list[bool]] = []
 
@@ -53,13 +68,21 @@ class FakePlan:
     ) -> None:
         self.peers, self.signature, self.num_topk, self.is_int64 = peers, signature, num_topk, is_int64
         self.shape = shape
+        self.functions = Entry(None, BEGIN(lambda _, stream: queue.begin(stream)), LAUNCH(self.launch))
 
-    def launch(self, *arguments: Any) -> None:
-        FakePlan.launches.append((self, *arguments[:-1]))
-        FakePlan.captured.append(arguments[-1])
+    @property
+    def entry(self) -> int:
+        return ctypes.addressof(self.functions)
+
+    def launch(self, _: None, arguments: int, part: int, num_sms: int, stream: int, captured: bool) -> None:
+        given = (ctypes.c_int64 * self.num_arguments).from_address(arguments)
+        FakePlan.launches.append((self, *given, part, num_sms, stream))
+        FakePlan.captured.append(captured)
 
 
 class FakeDispatchPlan(FakePlan):
+    num_arguments = 9
+
     @property
     def outputs(self) -> Any:
         num_experts, num_max, _, _, with_weights, expert_major = self.shape

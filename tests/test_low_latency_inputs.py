@@ -1,19 +1,25 @@
 """What the native side sees of a low-latency call's tensors, and what it leaves to the detailed checks."""
 
+import ctypes
 import gc
 import itertools
 import weakref
+from typing import Any
 
 import pytest
 import torch
+from low_latency_fakes import BEGIN, LAUNCH, Entry
 
 from deep_ep._native import _C
 from deep_ep.engines.low_latency_call import ReceiveHook
-from deep_ep.engines.low_latency_plans import PLACES, HandleShape, HandleTensors, maker_of
+from deep_ep.engines.low_latency_plans import PLACES, HandleShape, handles_of, maker_of, view_maker
 
 T, H, K, M, L, R = 3, 64, 2, 4, 5, 3
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
+WHOLE, SEND, RECEIVE = 0, 1, 2
+STREAM = 7
+ROWS = ((L, R * M, H), (R * M * H, H, 1), BF16)
 
 
 class Derived(torch.Tensor):
@@ -43,8 +49,63 @@ def odd(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return result[start : start + size].view(shape)
 
 
+class Recorder:
+    """A plan whose launches are kept: how many numbers it takes, and what it says when it begins."""
+
+    def __init__(self, num_arguments: int, state: int = 0) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        self.begun: list[int] = []
+
+        def begin(_: None, stream: int) -> int:
+            self.begun.append(stream)
+            return state
+
+        def launch(_: None, arguments: int, *rest: int) -> None:
+            self.launches.append((*(ctypes.c_int64 * num_arguments).from_address(arguments), *rest))
+
+        self.functions = Entry(None, BEGIN(begin), LAUNCH(launch))
+
+    @property
+    def entry(self) -> int:
+        return ctypes.addressof(self.functions)
+
+
+def no_lease() -> None:
+    raise AssertionError("nothing is captured")
+
+
+def make_handles(with_weights: bool = False, expert_major: bool = True) -> _C.LowLatencyHandles:
+    outputs = _C.LowLatencyOutputs(L, R, M, K, with_weights, expert_major)
+    return handles_of(CPU, outputs, HandleShape.of(K, M, H, L * R, with_weights, expert_major, R, 0), R)
+
+
+class DispatchCalls:
+    def __init__(
+        self, is_int64: bool = True, with_weights: bool = False, tensor_type: type = torch.Tensor, **other: Any
+    ) -> None:
+        given = {"state": 0, "lease": no_lease, "handles": make_handles(), "scales": None, **other}
+        self.plan = Recorder(9, given["state"])
+        self.calls = _C.LowLatencyDispatchCalls(
+            *(tensor_type, -1, M, H, K, is_int64, with_weights, L, R, self.plan, given["lease"], maker_of(CPU)),
+            *(given["handles"], ROWS, given["scales"]),
+        )
+
+    def read(self, *tensors: object) -> tuple[int, ...] | None:
+        """What is launched with of the tensors that a call passes."""
+        done = self.calls.try_run(*tensors, WHOLE, 5, STREAM)
+        if done is None:
+            assert not self.plan.launches and not self.plan.begun
+            return None
+        x, idx, weights, num_tokens, rows, scales, small, recv, wait, *rest = self.plan.launches.pop()
+        (recv_x, _, handle), same_num_tokens, sent = done
+        assert (rows, scales, small) == (recv_x.data_ptr(), 0, getattr(handle[0], PLACES)[1])
+        assert (rest, same_num_tokens, sent) == ([WHOLE, 5, STREAM, False], num_tokens, None)
+        assert self.plan.begun.pop() == STREAM
+        return x, idx, weights, num_tokens, recv, wait
+
+
 def dispatch_inputs(is_int64: bool = True, with_weights: bool = False, tensor_type: type = torch.Tensor):
-    return _C.LowLatencyDispatchInputs(tensor_type, -1, M, H, K, is_int64, with_weights, L, R)
+    return DispatchCalls(is_int64, with_weights, tensor_type)
 
 
 def dispatch_tensors(num_tokens: int = T, **other: object) -> list[object]:
@@ -171,11 +232,38 @@ def test_tensors_that_have_no_native_side_are_not_read():
 # Combine
 
 
-def combine_inputs(expert_major: bool = True, is_int64: bool = True, src_info_at: int = 256):
-    groups, capacity = (L, R * M) if expert_major else (R, M)
-    return _C.LowLatencyCombineInputs(
-        torch.Tensor, -1, groups, capacity, H, M, K, is_int64, expert_major, src_info_at, R
-    )
+class CombineCalls:
+    def __init__(self, expert_major: bool = True, is_int64: bool = True, weights_at: int = -1, **other: Any) -> None:
+        given = {"state": 0, "lease": no_lease, **other}
+        groups, capacity = (L, R * M) if expert_major else (R, M)
+        self.plan, self.places = Recorder(12, given["state"]), (256, 2048, 3072, weights_at)
+        self.calls = _C.LowLatencyCombineCalls(
+            *(torch.Tensor, -1, groups, capacity, H, M, K, is_int64, expert_major, R, self.places, self.plan),
+            *(given["lease"], maker_of(CPU), ((H, 1), BF16), ((1,), (1,), torch.int64)),
+        )
+
+    def read(self, *tensors: Any) -> tuple[int, ...] | None:
+        done = self.calls.try_run(*tensors, WHOLE, 5, STREAM)
+        if done is None:
+            assert not self.plan.launches and not self.plan.begun
+            return None
+        out, num_tokens, sent, ticket = done
+        assert (num_tokens, sent, ticket) == (tensors[3].shape[0], None, None)
+        x, info, ranges, *places, idx, weights, tokens, out_at, wait, no_ticket, part, sms, stream, captured = (
+            self.plan.launches.pop()
+        )
+        assert self.plan.begun.pop() == STREAM
+        block = tensors[7]
+        assert places == [block + 2048, block + 3072, 0 if self.places[3] < 0 else block + self.places[3]]
+        assert (tokens, no_ticket, part, sms, stream, captured) == (num_tokens, 0, WHOLE, 5, STREAM, False)
+        assert out_at == out.data_ptr()
+        assert (out.shape, out.stride(), out.dtype) == ((num_tokens, H), (H, 1), BF16)
+        assert tensors[5] is None or out is tensors[5]
+        return x, info, ranges, idx, weights, num_tokens, out_at if tensors[5] is not None else 0, wait
+
+
+def combine_inputs(expert_major: bool = True, is_int64: bool = True):
+    return CombineCalls(expert_major, is_int64)
 
 
 def combine_tensors(expert_major: bool = True, **other: object) -> list[object]:
@@ -245,32 +333,118 @@ def test_what_a_combine_kernel_cannot_take(wrong):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# From inputs to outputs
+
+
+def test_a_dispatch_goes_from_inputs_to_outputs():
+    """In both parts, with scales."""
+    scales = ((L, R * M, 3), (3 * R * M, 1, R * M), torch.float32)
+    calls = DispatchCalls(scales=scales)
+    inputs = (16, 32, 0, T, 48, 64)
+    ((rows, made), count, handle), num_tokens, sent = calls.calls.run(inputs, SEND, 5, STREAM)
+    assert (count.shape, len(handle), num_tokens) == ((L,), 5, T)
+    assert (rows.shape, rows.stride(), rows.dtype) == ((L, R * M, H), (R * M * H, H, 1), BF16)
+    assert (made.shape, made.stride(), made.dtype) == scales
+    assert calls.calls.receive(sent, 4, 9)
+    small = getattr(handle[0], PLACES)[1]
+    arguments = (*inputs[:4], rows.data_ptr(), made.data_ptr(), small, *inputs[4:])
+    assert calls.plan.launches == [(*arguments, SEND, 5, STREAM, False), (*arguments, RECEIVE, 4, 9, False)]
+    assert calls.plan.begun == [STREAM, 9]
+
+
+def test_a_combine_goes_from_inputs_to_outputs():
+    calls = CombineCalls(weights_at=512)
+    inputs = tuple(range(16, 16 + 8)), T, 32, 33
+    inputs = (*inputs[0], *inputs[1:])
+    assert calls.calls.run(inputs, WHOLE, 5, STREAM) == (None, T, None, None)
+    assert calls.plan.launches.pop() == (*inputs, 0, WHOLE, 5, STREAM, False)
+    out, num_tokens, sent, ticket = calls.calls.run(inputs, SEND, 5, STREAM)
+    assert (out, num_tokens, ticket.dtype, ticket.shape) == (None, T, torch.int64, (1,))
+    assert calls.calls.receive(sent, 4, 9)
+    arguments = (*inputs, ticket.data_ptr())
+    assert calls.plan.launches == [(*arguments, SEND, 5, STREAM, False), (*arguments, RECEIVE, 4, 9, False)]
+    for wrong in (b"", sent + b"0", None, 3):
+        with pytest.raises(TypeError, match="what the first part returned"):
+            calls.calls.receive(wrong, 4, 9)
+    calls.plan.launches.clear()
+    assert calls.read(*combine_tensors()) is not None
+
+
+@pytest.mark.parametrize("make", [DispatchCalls, CombineCalls])
+def test_nothing_is_made_after_a_failure(make):
+    calls = make(state=-1)
+    is_dispatch = make is DispatchCalls
+    good = dispatch_tensors() if is_dispatch else combine_tensors()
+    inputs = (16, 16, 0, T, 0, 0) if is_dispatch else (16,) * 11
+    sent = make().calls.run(inputs, SEND, 5, STREAM)[2]
+    assert calls.calls.try_run(*good, WHOLE, 5, STREAM) is None
+    assert calls.calls.run(inputs, WHOLE, 5, STREAM) is None
+    assert not calls.calls.receive(sent, 5, STREAM)
+    assert calls.plan.begun == [STREAM] * 3
+    assert calls.plan.launches == []
+
+
+@pytest.mark.parametrize("make", [DispatchCalls, CombineCalls])
+def test_what_is_captured_is_leased(make):
+    leases: list[int] = []
+    calls = make(state=1, lease=lambda: leases.append(1))
+    is_dispatch = make is DispatchCalls
+    good = dispatch_tensors() if is_dispatch else combine_tensors()
+    made = [calls.calls.try_run(*good, WHOLE, 5, STREAM) for _ in range(2)]
+    assert leases == [1, 1]
+    assert [launch[-1] for launch in calls.plan.launches] == [True, True]
+    if is_dispatch:
+        slabs = {received[2][0].untyped_storage().data_ptr() for received, _, _ in made}
+        assert len(slabs) == 2
+
+
+def test_errors_on_the_way_are_raised():
+    def fail(*_: object) -> Any:
+        raise MemoryError("no room")
+
+    layouts = [((1,), (1,), 0, 1)] * 3
+    for make_slab, view in ((fail, None), (lambda _: (8, 1, 2, 3), fail)):
+        handles = _C.LowLatencyHandles(make_slab, view, 2, 64, layouts, None, PLACES, (M, H, L))
+        calls = DispatchCalls(handles=handles)
+        with pytest.raises(MemoryError, match="no room"):
+            calls.calls.try_run(*dispatch_tensors(), WHOLE, 5, STREAM)
+        assert calls.plan.launches == []
+    with pytest.raises(ValueError, match="three"):
+        _C.LowLatencyHandles(fail, fail, 2, 64, layouts[:2], None, PLACES, (M, H, L))
+    calls = CombineCalls(state=1, lease=fail)
+    with pytest.raises(MemoryError, match="no room"):
+        calls.calls.try_run(*combine_tensors(), WHOLE, 5, STREAM)
+    assert calls.plan.launches == []
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Native methods without pybind11's conversion of arguments
 
 
 def test_wrong_arguments_of_native_methods_are_type_errors():
-    read = combine_inputs().read
-    good = combine_tensors()
+    calls = CombineCalls()
+    run, good = calls.calls.try_run, [*combine_tensors(), WHOLE, 5, STREAM]
     for wrong in ([], good[:-1], [*good, None]):
-        with pytest.raises(TypeError, match=rf"read\(\) takes 8 arguments but {len(wrong)} were given"):
-            read(*wrong)
+        with pytest.raises(TypeError, match=rf"try_run\(\) takes 11 arguments but {len(wrong)} were given"):
+            run(*wrong)
     for value in (-1, 1 << 64, 1.0, "1", None, torch.zeros(1)):
-        with pytest.raises(TypeError, match=r"read\(\) argument 8 is .*, of the wrong type"):
-            read(*good[:-1], value)
+        with pytest.raises(TypeError, match=r"try_run\(\) argument 8 is .*, of the wrong type"):
+            run(*good[:7], value, *good[8:])
     with pytest.raises(TypeError, match="keyword"):
-        read(x=good[0])
-    assert read(*good[:-1], (1 << 64) - 1) is None
-    assert read(*good) is not None
+        run(x=good[0])
+    assert run(*good[:7], (1 << 64) - 1, *good[8:]) is None
+    assert calls.plan.launches == []
+    assert run(*good) is not None
 
 
 def test_native_methods_keep_their_object():
-    inputs = dispatch_inputs()
-    read, life = inputs.read, weakref.ref(inputs)
-    del inputs
+    calls = dispatch_inputs()
+    run, life = calls.calls.try_run, weakref.ref(calls.plan)
+    del calls
     gc.collect()
     assert life() is not None
-    assert read(*dispatch_tensors()) is not None
-    del read
+    assert run(*dispatch_tensors(), WHOLE, 5, STREAM) is not None
+    del run
     gc.collect()
     assert life() is None
 
@@ -297,36 +471,81 @@ def test_new_tensors(device, dtype):
         assert maker_of(device)((2,), (1,), dtype).is_inference()
 
 
+@pytest.mark.parametrize("device", [CPU, torch.device("meta")])
+def test_views_of_a_slab(device, monkeypatch):
+    """With and without torch's own function for it."""
+    slab = torch.empty(64, dtype=torch.int32, device=device)
+    for _ in range(2):
+        made = view_maker()(slab, (2, 3), (12, 1), 5)
+        assert (made.shape, made.stride(), made.dtype, made.storage_offset()) == ((2, 3), (12, 1), torch.int32, 5)
+        assert made.untyped_storage()._cdata == slab.untyped_storage()._cdata
+        monkeypatch.delattr(torch._C._dynamo.guards, "_reinterpret_tensor", raising=False)
+
+
 @pytest.mark.parametrize("expert_major", [True, False])
-@pytest.mark.parametrize("inference", [True, False])
-def test_small_tensors_of_handles(expert_major, inference):
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_small_tensors_of_handles(expert_major, with_weights):
     """Ordinary tensors that share nothing but their slab, which lives as long as one of them."""
-    shape = HandleShape.of(K, M, H, L * R, True, expert_major, R, 0)
-    handles = HandleTensors(CPU, _C.LowLatencyOutputs(L, R, M, K, True, expert_major), shape, R)
-    with torch.inference_mode(inference):
-        taken = [handles.take(0, False) for _ in range(70)]
-    spans = []
-    for count, info, ranges, places in taken:
-        assert getattr(info, PLACES) == places
-        assert places[0] is shape
-        assert info.data_ptr() == places[1] + shape.src_info_at
-        assert ranges.data_ptr() == places[1] + (0 if expert_major else shape.weights_at)
+    handles = make_handles(with_weights, expert_major)
+    taken = [handles.take(0, False) for _ in range(300)]
+    spans, groups = [], L if expert_major else R
+    for count, (info, ranges, *numbers), block in taken:
+        shape, same_block = getattr(info, PLACES)
+        assert (numbers, same_block) == ([M, H, L * R], block)
+        assert (count.shape, count.dtype, info.dtype) == ((groups,), torch.int32, torch.int32)
+        assert info.shape == ((L, R * M) if expert_major else (R, M, K))
+        assert info.data_ptr() == block + shape.src_info_at
+        if expert_major:
+            assert (ranges.shape, ranges.dtype, ranges.data_ptr()) == ((L, R), torch.int64, block)
+        else:
+            assert (ranges.shape, ranges.dtype) == ((R, M, K) if with_weights else (0,), torch.float32)
+            assert not with_weights or ranges.data_ptr() == block + shape.weights_at
         for tensor in (count, info, ranges):
             assert tensor.is_contiguous()
-            assert not tensor.is_inference()
             assert not tensor._is_view()
             assert tensor._version == 0
             tensor.fill_(1)
             assert tensor._version == 1
             spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
-    spans.sort()
+    spans = sorted(span for span in spans if span[0] < span[1])
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     kept = taken[0][0]
     kept.fill_(7)
     del taken, count, info, ranges, tensor
-    for _ in range(70):
-        handles.take(0, False)[1].fill_(9)
+    for _ in range(300):
+        handles.take(0, False)[1][0].fill_(9)
     assert kept.tolist() == [7] * len(kept)
+
+
+def test_slabs_belong_to_streams():
+    """A few of them are kept; what is captured has its own."""
+    handles = make_handles()
+
+    def slab_of(stream: int, captured: bool = False) -> torch.Tensor:
+        return handles.take(stream, captured)[0]
+
+    kept = [slab_of(stream) for stream in range(4)]
+    places = [each.untyped_storage().data_ptr() for each in kept]
+    assert len(set(places)) == 4
+    assert [slab_of(stream).untyped_storage().data_ptr() for stream in (3, 2, 1, 0)] == places[::-1]
+    captured = [slab_of(1, True) for _ in range(2)]
+    assert len({*places, *(each.untyped_storage().data_ptr() for each in captured)}) == 6
+    another = slab_of(9)  # in place of the oldest
+    assert slab_of(3).untyped_storage().data_ptr() == places[3]
+    assert slab_of(9).untyped_storage().data_ptr() == another.untyped_storage().data_ptr()
+    assert slab_of(0).untyped_storage().data_ptr() not in places
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_slab_serves_in_inference_mode_and_outside(first):
+    """Tensors made outside can be changed there, whatever mode the slab was made in."""
+    handles = make_handles()
+    for inference in (first, not first):
+        with torch.inference_mode(inference):
+            count, (info, ranges, *_), _ = handles.take(0, False)
+            assert count.is_inference() is info.is_inference() is ranges.is_inference() is inference
+            for tensor in (count, info, ranges):
+                tensor.zero_()
 
 
 def test_a_hook_lets_go_of_what_it_kept():

@@ -41,7 +41,7 @@ def make_arguments(num_ranks: int = 2) -> dict[str, torch.Tensor]:
 def test_addresses_of_a_dispatch():
     args = make_arguments()
     ptr = {name: tensor.data_ptr() for name, tensor in args.items()}
-    layout = (ptr["per_rank"], ptr["per_expert"], ptr["in_rank"])
+    layout = (ptr["per_expert"], ptr["in_rank"])
     sent = (T, ptr["x"], ptr["scales"], (1, T), ptr["topk_idx"], ptr["topk_weights"])
     assert make_inputs().read(*args.values()) == (sent, layout, NUM_EXPERTS)
     bare = {**args, "scales": None, "topk_idx": None, "topk_weights": None}

@@ -176,9 +176,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
             self._bool.data.set_(storage, start + flags_at, (num_tokens, num_ranks), (num_ranks, 1)),
         )
 
-    def dispatch(
-        self, request: DispatchRequest, per_expert: torch.Tensor, num_sms: int
-    ) -> DispatchResult:
+    def dispatch(self, request: DispatchRequest, per_expert: torch.Tensor, num_sms: int) -> DispatchResult:
         """Route anew: exchange counts, write the handle, place the rows."""
         in_rank = request.in_rank
         return self.run_dispatch(

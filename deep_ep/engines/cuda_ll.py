@@ -12,29 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from .. import fp8
 from .._native import _C
-from ..errors import BufferDestroyed, ConfigError
+from ..errors import BufferDestroyed, ConfigError, PeerError
 from ..traffic import TrafficStats
 from .low_latency_call import Outstanding, ReceiveHook, check_num_outstanding
-from .low_latency_plans import PLACES, CombinePlan, DispatchPlan, Inputs, Plans, maker_of
+from .low_latency_plans import PLACES, CombinePlan, DispatchPlan, Handle, Plans
 from .low_latency_regions import Launcher, Regions
 from .pool import current_stream_of
 from .portable_ll import LowLatencyCombine, LowLatencyDispatch
 
 _DISPATCH, _COMBINE = 0, 1  # LowLatencyKind of csrc/layout/low_latency_layout.h
 _NAMES = ("low_latency_dispatch", "low_latency_combine")
-_WHOLE, _SEND, _RECEIVE = 0, 1, 2  # LowLatencyPart of csrc/kernels/low_latency_launch.h
+_WHOLE, _SEND = 0, 1  # LowLatencyPart of csrc/kernels/low_latency_launch.h
 _NUM_SETS = 2
 _ALL_SMS = 1 << 30
 _LIMITS: dict[str, int] = _C.LOW_LATENCY_LIMITS
-_NEW_TICKET = (1,), (1,), torch.int64
 #: Received rows with or without scales, recv_count, and the handle.
-Received = tuple[Any, torch.Tensor, tuple[torch.Tensor, torch.Tensor, int, int, int]]
+Received = tuple[Any, torch.Tensor, Handle]
 
 
 class LowLatencyKernels:
@@ -67,8 +66,6 @@ class LowLatencyKernels:
         self._current_stream = current_stream_of(self.device)
         self.regions = Regions(kernels, self.masked, self._waits, mask_after_s)
         self._plans = Plans(self.regions, self._queue, kernels, self.index)
-        self._new = maker_of(self.device)
-        self._begin_on: Callable[[int], int] = self._queue.begin
         self._outstanding = (Outstanding(), Outstanding())
         self.num_pending = 0
         self._is_closed = False
@@ -113,22 +110,24 @@ class LowLatencyKernels:
         Returns:
             None if something is new or wrong; then nothing has happened.
         """
-        try:
-            plans = self._plans.dispatches[num_max_tokens, num_experts, flags, topk_weights is not None, expert_major]
-        except (KeyError, TypeError):
-            return None
-        for plan in plans:
-            inputs = plan.read(x, topk_idx, topk_weights, recv_stats, wait_stats)
-            if inputs is not None:
-                break
-        else:
-            return None
+        kernels = self._kernels
         with self._lock:
-            if self.current_device() != self.index or plan.region is not self._plans.region:
+            if self.current_device() != self.index or kernels.has_failed:
                 return None
-            if self.num_pending:
-                self.check_outstanding("low_latency_dispatch")
-            return self._run_dispatch(plan, inputs, recv_stats, wait_stats, with_hook)
+            if self.num_pending and not self._has_room("low_latency_dispatch"):
+                return None
+            try:
+                plans = self._plans.dispatches[
+                    num_max_tokens, num_experts, flags, topk_weights is not None, expert_major
+                ]
+            except (KeyError, TypeError):
+                return None
+            part, num_sms, stream = _SEND if with_hook else _WHOLE, kernels.blocks(_ALL_SMS), self._current_stream()
+            for plan in plans:
+                done = plan.try_run(x, topk_idx, topk_weights, recv_stats, wait_stats, part, num_sms, stream)
+                if done is not None:
+                    return self._dispatched(plan, done, stream, recv_stats, wait_stats)
+        return None
 
     def dispatch(self, request: LowLatencyDispatch, with_hook: bool) -> tuple[Received, ReceiveHook | None]:
         """Send tokens and receive those of all ranks, on the current stream.
@@ -158,55 +157,29 @@ class LowLatencyKernels:
             _address(recv_stats),
             _address(wait_stats),
         )
-        return self._run_dispatch(plan, inputs, recv_stats, wait_stats, with_hook)
+        part, stream = _SEND if with_hook else _WHOLE, self._current_stream()
+        done = plan.run(inputs, part, self._kernels.blocks(_ALL_SMS), stream)
+        if done is None:
+            self._raise_failure()
+        return self._dispatched(plan, done, stream, recv_stats, wait_stats)
 
-    def _run_dispatch(
+    def _dispatched(
         self,
         plan: DispatchPlan,
-        inputs: Inputs,
+        done: tuple[Received, int, bytes | None],
+        stream: int,
         recv_stats: torch.Tensor | None,
         wait_stats: torch.Tensor | None,
-        with_hook: bool,
     ) -> tuple[Received, ReceiveHook | None]:
-        x, topk_idx, topk_weights, num_tokens, recv_at, wait_at = inputs
-        kernels, part, stream = self._kernels, _SEND if with_hook else _WHOLE, self._current_stream()
-        state = self._begin_on(stream)
-        captured = (state != 0 or kernels.has_failed) and self._is_captured(state)
-        rows, scales, scales_at = self._new(*plan.rows), None, 0
-        rows_at = rows.data_ptr()
-        if plan.scales is not None:
-            scales = self._new(*plan.scales)
-            scales_at = scales.data_ptr()
-        count, src_info, ranges, (shape, small) = plan.handles.take(stream, captured)
-        if captured:
-            plan.region.is_leased = True
+        """What `dispatch` returns, of what the plan has done."""
+        received, num_tokens, sent = done
         self._outstanding[_DISPATCH].num_calls += 1
-        num_sms = kernels.blocks(_ALL_SMS)
-        plan.launch(
-            x,
-            topk_idx,
-            topk_weights,
-            num_tokens,
-            rows_at,
-            scales_at,
-            small,
-            recv_at,
-            wait_at,
-            part,
-            num_sms,
-            stream,
-            captured,
-        )
-        kernels.launches["low_latency_dispatch"] = kernels.launches.get("low_latency_dispatch", 0) + 1
+        self._count("low_latency_dispatch")
         self._traffic.add_dispatch(num_tokens, plan.row_bytes, plan.dtype_name)
-        num_max_tokens, hidden, num_experts = shape.numbers
-        handle = (src_info, ranges, num_max_tokens, hidden, num_experts)
-        received = (rows if scales is None else (rows, scales), count, handle)
-        if not with_hook:
+        if sent is None:
             return received, None
-        arguments = (x, topk_idx, topk_weights, num_tokens, rows_at, scales_at, small, recv_at, wait_at)
         # The region, the outputs and what is added to must outlive the send.
-        return received, self._hook(plan, _DISPATCH, arguments, stream, (received, recv_stats, wait_stats))
+        return received, self._hook(plan, _DISPATCH, sent, stream, (received, recv_stats, wait_stats))
 
     # Combine.
 
@@ -227,49 +200,30 @@ class LowLatencyKernels:
         Returns:
             the combined tokens and the hook or None; or None as `try_dispatch`.
         """
-        try:
-            src_info, ranges, num_max_tokens, hidden, num_experts = handle
-            shape, block = getattr(src_info, PLACES)
-            if (num_max_tokens, hidden, num_experts) != shape.numbers:
-                return None
-            plans = self._plans.combines[shape, sum_at_home, use_logfmt]
-        except (AttributeError, KeyError, TypeError, ValueError):
-            return None
-        for plan in plans:
-            inputs = plan.read(x, src_info, ranges, topk_idx, topk_weights, out, wait_stats, block)
-            if inputs is not None:
-                break
-        else:
-            return None
+        kernels = self._kernels
         with self._lock:
-            if self.current_device() != self.index or plan.region is not self._plans.region:
+            if self.current_device() != self.index or kernels.has_failed:
                 return None
-            if self.num_pending:
-                self.check_outstanding("low_latency_combine")
-            x_at, info_at, ranges_at, idx_at, weights_at, num_tokens, out_at, wait_at = inputs
-            if out is None:
-                hidden = shape.numbers[1]  # an int, where the caller's may only be equal to it
-                out = self._new((num_tokens, hidden), (hidden, 1), torch.bfloat16)
-                out_at = out.data_ptr()
-            return out, self._run_combine(
-                plan,
-                (
-                    x_at,
-                    info_at,
-                    ranges_at,
-                    block + shape.source_tokens_at,
-                    block + shape.positions_at,
-                    block + shape.weights_at if plan.uses_weights else 0,
-                    idx_at,
-                    weights_at,
-                    num_tokens,
-                    out_at,
-                    wait_at,
-                ),
-                num_tokens,
-                with_hook,
-                (x, src_info, ranges, topk_idx, topk_weights, out, wait_stats),
-            )
+            if self.num_pending and not self._has_room("low_latency_combine"):
+                return None
+            try:
+                src_info, ranges, num_max_tokens, hidden, num_experts = handle
+                shape, block = getattr(src_info, PLACES)
+                if (num_max_tokens, hidden, num_experts) != shape.numbers:
+                    return None
+                plans = self._plans.combines[shape, sum_at_home, use_logfmt]
+            except (AttributeError, KeyError, TypeError, ValueError):
+                return None
+            part, num_sms, stream = _SEND if with_hook else _WHOLE, kernels.blocks(_ALL_SMS), self._current_stream()
+            for plan in plans:
+                done = plan.try_run(
+                    x, src_info, ranges, topk_idx, topk_weights, out, wait_stats, block, part, num_sms, stream
+                )
+                if done is not None:
+                    out = done[0]
+                    kept = (x, src_info, ranges, topk_idx, topk_weights, out, wait_stats)
+                    return out, self._combined(plan, done, stream, kept)
+        return None
 
     def combine(self, request: LowLatencyCombine, with_hook: bool) -> ReceiveHook | None:
         """Send the experts' rows home and sum them into ``request.out``, on the current stream.
@@ -301,7 +255,6 @@ class LowLatencyKernels:
         elif has_tables:
             source_tokens, positions = block + shape.source_tokens_at, block + shape.positions_at
             weights = block + shape.weights_at if plan.uses_weights else 0
-        num_tokens = topk_idx.shape[0]
         arguments = (
             x.data_ptr(),
             src_info.data_ptr(),
@@ -311,12 +264,16 @@ class LowLatencyKernels:
             weights,
             topk_idx.data_ptr(),
             _address(request.topk_weights),
-            num_tokens,
+            topk_idx.shape[0],
             target.data_ptr(),
             _address(request.wait_stats),
         )
         kept = (x, src_info, request.layout_range, topk_idx, request.topk_weights, target, request.wait_stats)
-        hook = self._run_combine(plan, arguments, num_tokens, with_hook, kept)
+        part, stream = _SEND if with_hook else _WHOLE, self._current_stream()
+        done = plan.run(arguments, part, self._kernels.blocks(_ALL_SMS), stream)
+        if done is None:
+            self._raise_failure()
+        hook = self._combined(plan, done, stream, kept)
         if target is out:
             return hook
         if hook is None:
@@ -330,38 +287,47 @@ class LowLatencyKernels:
 
         return ReceiveHook(torch.no_grad()(finish))
 
-    def _run_combine(
-        self, plan: CombinePlan, inputs: Inputs, num_tokens: int, with_hook: bool, kept: tuple[object, ...]
+    def _combined(
+        self,
+        plan: CombinePlan,
+        done: tuple[object, int, bytes | None, torch.Tensor | None],
+        stream: int,
+        kept: tuple[object, ...],
     ) -> ReceiveHook | None:
-        """``inputs``: what `_C.LowLatencyCombinePlan.launch` takes in front of the ticket; ``kept``: their tensors."""
-        kernels, part, stream = self._kernels, _SEND if with_hook else _WHOLE, self._current_stream()
-        state = self._begin_on(stream)
-        captured = (state != 0 or kernels.has_failed) and self._is_captured(state)
-        if captured:
-            plan.region.is_leased = True
-        ticket = self._new(*_NEW_TICKET) if with_hook else None
-        ticket_at = 0 if ticket is None else ticket.data_ptr()
+        """The hook of what the plan has done; ``kept``: the tensors that it uses."""
+        _, num_tokens, sent, ticket = done
         self._outstanding[_COMBINE].num_calls += 1
-        plan.launch(*inputs, ticket_at, part, kernels.blocks(_ALL_SMS), stream, captured)
-        kernels.launches["low_latency_combine"] = kernels.launches.get("low_latency_combine", 0) + 1
+        self._count("low_latency_combine")
         self._traffic.add_combine(num_tokens, plan.row_bytes)
-        if not with_hook:
+        if sent is None:
             return None
-        return self._hook(plan, _COMBINE, (*inputs, ticket_at), stream, (kept, ticket))
+        return self._hook(plan, _COMBINE, sent, stream, (kept, ticket))
 
     # Launches.
 
-    def _is_captured(self, state: int) -> bool:
-        """What the queue's answer means where it is not 0, or there has been a failure: whether the stream is being
-        captured into a graph. What is launched next on it comes after the operation before, whatever stream that was
-        called on.
+    def _has_room(self, operation: str) -> bool:
+        """Whether there is room for an operation, without an error if there is none."""
+        try:
+            self.check_outstanding(operation)
+        except ConfigError:
+            return False
+        return True
+
+    def _raise_failure(self) -> NoReturn:
+        """Raise what the kernels have reported.
 
         Raises:
-            CommTimeout, PeerError, ConfigError: kernels have reported a failure.
+            CommTimeout, PeerError, ConfigError: the failure.
         """
-        if state < 0 or self._kernels.has_failed:
-            self._kernels.check()
-        return state > 0
+        self._kernels.check()
+        raise PeerError("low-latency operation: a failure was reported and is no longer known", operation="low_latency")
+
+    def _count(self, name: str) -> None:
+        launches = self._kernels.launches
+        try:
+            launches[name] += 1
+        except KeyError:
+            launches[name] = 1
 
     def check_outstanding(self, operation: str, num_others: int = 0) -> None:
         """Before an operation: whether there is room for it.
@@ -386,7 +352,7 @@ class LowLatencyKernels:
         self,
         plan: DispatchPlan | CombinePlan,
         kind: int,
-        arguments: tuple[int, ...],
+        sent: bytes,
         stream: int,
         kept: object,
     ) -> ReceiveHook:
@@ -396,7 +362,7 @@ class LowLatencyKernels:
         this.pending.add(number)
         self.num_pending += 1
         region.num_pending += 1
-        return ReceiveHook(self._receive, plan, kind, this, number, arguments, stream, kept=kept)
+        return ReceiveHook(self._receive, plan, kind, this, number, sent, stream, kept=kept)
 
     def _receive(
         self,
@@ -404,7 +370,7 @@ class LowLatencyKernels:
         kind: int,
         this: Outstanding,
         number: int,
-        arguments: tuple[int, ...],
+        sent: bytes,
         stream: int,
     ) -> None:
         """What the hook of an operation does, whose number in ``this`` is given."""
@@ -414,21 +380,18 @@ class LowLatencyKernels:
             if number not in this.pending:  # forgotten by `recover`
                 return
             if self.current_device() == self.index:
-                self._launch_receive(plan, kind, arguments, stream)
+                self._launch_receive(plan, kind, sent, stream)
             else:  # another one than in the thread that made the call
                 with torch.cuda.device(self.device):
-                    self._launch_receive(plan, kind, arguments, stream)
+                    self._launch_receive(plan, kind, sent, stream)
             this.pending.discard(number)
             self.num_pending -= 1
             plan.region.num_pending -= 1
 
-    def _launch_receive(
-        self, plan: DispatchPlan | CombinePlan, kind: int, arguments: tuple[int, ...], stream: int
-    ) -> None:
-        kernels, name, state = self._kernels, _NAMES[kind], self._begin_on(stream)
-        captured = (state != 0 or kernels.has_failed) and self._is_captured(state)
-        plan.launch(*arguments, _RECEIVE, kernels.blocks(_ALL_SMS), stream, captured)
-        kernels.launches[name] = kernels.launches.get(name, 0) + 1
+    def _launch_receive(self, plan: DispatchPlan | CombinePlan, kind: int, sent: bytes, stream: int) -> None:
+        if self._kernels.has_failed or not plan.receive(sent, self._kernels.blocks(_ALL_SMS), stream):
+            self._raise_failure()
+        self._count(_NAMES[kind])
 
     def refuse(self, operation: str) -> None:
         """Take part in an operation without tokens, after this rank found its own arguments wrong.

@@ -1,16 +1,13 @@
 """Low-latency calls of one shape on kernels: what stays between them, and the tensors that each dispatch hands out.
 
 All of it is made when a shape is seen first, since the host's time for a call is to stay below that of the kernels:
-what a call passes is compared with what is expected in one native call, and the small tensors of many handles are cut
-from one slab at a time.
+what a call passes is compared with what is expected in one native call, which makes the outputs too, and the small
+tensors of many handles lie on one slab.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,16 +25,11 @@ from .portable_ll import LowLatencyCombine, LowLatencyDispatch
 #: (source, token, k) without a search, and a third one of their weights if these came along; they are in the storage of
 #: src_info, so they live as long.
 PLACES = "_deep_ep_places"
-#: recv_count, src_info, layout_range, and what `PLACES` is for them.
-Handle = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "tuple[HandleShape, int]"]
-#: Addresses and the number of tokens, as the native classes of inputs give them.
-Inputs = tuple[int, ...]
-#: Sizes, strides and dtype of a tensor.
-Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+#: src_info, layout_range, M, H and E.
+Handle = tuple[torch.Tensor, torch.Tensor, int, int, int]
 
 _SLAB_BYTES = 4 << 20
-_MAX_PARTS = 32
-_MAX_STREAMS = 4
+_MAX_PARTS = 256
 #: use_fp8, round_scale and use_ue8m0.
 _FLAGS: dict[fp8.ScaleFormat | None, tuple[bool, bool, bool]] = {
     None: (False, False, False),
@@ -45,17 +37,6 @@ _FLAGS: dict[fp8.ScaleFormat | None, tuple[bool, bool, bool]] = {
     "pow2": (True, True, False),
     "ue8m0": (True, True, True),
 }
-_AUTOGRAD_OF_VIEWS = functools.reduce(
-    operator.or_,
-    (
-        torch._C.DispatchKeySet(key)
-        for key in (
-            torch._C.DispatchKey.ADInplaceOrView,
-            torch._C.DispatchKey.AutogradCPU,
-            torch._C.DispatchKey.AutogradCUDA,
-        )
-    ),
-)
 
 
 @dataclass(slots=True, eq=False)
@@ -116,18 +97,14 @@ class DispatchPlan:
     """Dispatches of one shape and format.
 
     Attributes:
-        read, launch: of `_C.LowLatencyDispatchInputs` and `_C.LowLatencyDispatchPlan`.
-        rows, scales: sizes, strides and dtype of these outputs, for `maker_of`; bf16 rows have no scales.
+        try_run, run, receive: of `_C.LowLatencyDispatchCalls`.
         row_bytes, dtype_name: of what travels, for the traffic counters.
     """
 
     region: Region
-    read: Callable[..., Inputs | None]
-    launch: Callable[..., None]
-    shape: HandleShape
-    rows: Layout
-    scales: Layout | None
-    handles: HandleTensors
+    try_run: Callable[..., Any]
+    run: Callable[..., Any]
+    receive: Callable[..., bool]
     row_bytes: int
     dtype_name: str
 
@@ -137,13 +114,14 @@ class CombinePlan:
     """Combines of one shape.
 
     Attributes:
-        read, launch: of `_C.LowLatencyCombineInputs` and `_C.LowLatencyCombinePlan`.
+        try_run, run, receive: of `_C.LowLatencyCombineCalls`.
         uses_weights: rows are summed with the weights that came with the dispatch.
     """
 
     region: Region
-    read: Callable[..., Inputs | None]
-    launch: Callable[..., None]
+    try_run: Callable[..., Any]
+    run: Callable[..., Any]
+    receive: Callable[..., bool]
     row_bytes: int
     uses_weights: bool
 
@@ -164,6 +142,7 @@ class Plans:
     def __init__(self, regions: Regions, queue: Any, kernels: Launcher, index: int) -> None:
         self._regions, self._queue, self._index = regions, queue, index
         self._rank, self._num_ranks, self._device = kernels.rank, kernels.num_ranks, kernels.device
+        self._new = maker_of(kernels.device)
         self.region: Region | None = None
         self.dispatches: dict[tuple[object, ...], list[DispatchPlan]] = {}
         self.combines: dict[tuple[object, ...], list[CombinePlan]] = {}
@@ -221,7 +200,7 @@ class Plans:
             row_bytes += 4 * columns
             # Stored with tokens innermost, the order in which grouped GEMMs fetch scales.
             scales = ((num_groups, capacity, columns), (columns * capacity, 1, capacity), scales_dtype)
-        inputs = _C.LowLatencyDispatchInputs(
+        calls = _C.LowLatencyDispatchCalls(
             torch.Tensor,
             self._index,
             shape.numbers[0],
@@ -231,18 +210,15 @@ class Plans:
             shape.with_weights,
             shape.num_local,
             self._num_ranks,
-        )
-        return DispatchPlan(
-            region,
-            inputs.read,
-            native.launch,
-            shape,
+            native,
+            region.lease,
+            self._new,
+            handles_of(self._device, native.outputs, shape, self._num_ranks),
             (tuple(shape.rows), (capacity * hidden, hidden, 1), dtype),
             scales,
-            HandleTensors(self._device, native.outputs, shape, self._num_ranks),
-            row_bytes,
-            str(dtype).removeprefix("torch."),
         )
+        name = str(dtype).removeprefix("torch.")
+        return DispatchPlan(region, calls.try_run, calls.run, calls.receive, row_bytes, name)
 
     def of_combine(self, request: LowLatencyCombine, with_weights: bool) -> CombinePlan:
         """The plan of a combine, made if there is none.
@@ -280,7 +256,7 @@ class Plans:
                 expert_major,
             )
             num_groups, capacity, _ = shape.rows
-            inputs = _C.LowLatencyCombineInputs(
+            calls = _C.LowLatencyCombineCalls(
                 torch.Tensor,
                 self._index,
                 num_groups,
@@ -290,10 +266,20 @@ class Plans:
                 num_topk,
                 is_int64,
                 expert_major,
-                shape.src_info_at,
                 self._num_ranks,
+                (
+                    shape.src_info_at,
+                    shape.source_tokens_at,
+                    shape.positions_at,
+                    shape.weights_at if uses_weights else -1,
+                ),
+                native,
+                region.lease,
+                self._new,
+                ((hidden, 1), torch.bfloat16),
+                ((1,), (1,), torch.int64),
             )
-            plan = CombinePlan(region, inputs.read, native.launch, 2 * hidden, uses_weights)
+            plan = CombinePlan(region, calls.try_run, calls.run, calls.receive, 2 * hidden, uses_weights)
             self._combine_of[key] = plan
             self.combines.setdefault((shape, request.sum_at_home, request.use_logfmt), []).append(plan)
         return plan
@@ -331,78 +317,45 @@ def maker_of(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...]
     return lambda sizes, strides, dtype: torch.empty_strided(sizes, strides, dtype=dtype, device=device)
 
 
-class HandleTensors:
-    """recv_count, src_info and layout_range of dispatches of one shape, cut from slabs of ordinary memory. By source,
-    what a handle has in place of the last two.
+def view_maker() -> Callable[[torch.Tensor, tuple[int, ...], tuple[int, ...], int], torch.Tensor]:
+    """A function for a tensor of these sizes, strides and offset on the memory of another, of the same dtype."""
+    # Torch's compiler has a function of its own for this too, at half the host time of as_strided. What it makes is no
+    # view to autograd, which has no use for these integers and weights.
+    direct = getattr(torch._C._dynamo.guards, "_reinterpret_tensor", None)
+    if direct is not None:
+        return cast(Callable[..., torch.Tensor], direct)
+    return lambda tensor, sizes, strides, offset: tensor.as_strided(sizes, strides, offset)
 
-    Views of a slab are made for many handles at once, which costs a fraction of making each. As with torch's allocator,
-    every part belongs to the stream that was current when its slab was made; a slab lives as long as a tensor on it.
-    Nobody changes these tensors in place. Not thread safe.
+
+def handles_of(device: torch.device, outputs: Any, shape: HandleShape, num_ranks: int) -> _C.LowLatencyHandles:
+    """recv_count and handles for dispatches of one shape, on slabs of ordinary memory.
+
+    A slab saves calls of torch's allocator. As with that, every part belongs to the stream that was current when its
+    slab was made; a slab lives as long as a tensor on it. Nobody changes these tensors in place. Not thread safe.
 
     Args:
         outputs: `_C.LowLatencyOutputs`, which says where each lies in a part.
     """
+    new, part_bytes = maker_of(device), outputs.small_block_bytes
+    num_groups, capacity, _ = shape.rows
+    words = part_bytes // 4
+    count: tuple[Any, ...] = ((num_groups,), (1,), outputs.recv_count_at // 4, words)
+    src_info: tuple[Any, ...]
+    ranges: tuple[Any, ...]
+    if shape.expert_major:
+        dtype = torch.int64
+        src_info = ((num_groups, capacity), (capacity, 1), shape.src_info_at // 4, words)
+        ranges = ((num_groups, num_ranks), (num_ranks, 1), 0, part_bytes // 8)
+    else:
+        dtype = torch.float32
+        tables = ((num_groups, capacity, shape.num_topk), (capacity * shape.num_topk, shape.num_topk, 1))
+        src_info = (*tables, shape.src_info_at // 4, words)
+        ranges = (*tables, shape.weights_at // 4, words) if shape.with_weights else ((0,), (1,), 0, words)
 
-    def __init__(self, device: torch.device, outputs: Any, shape: HandleShape, num_ranks: int) -> None:
-        self._new, self._shape, self._num_ranks = maker_of(device), shape, num_ranks
-        self._outputs = outputs
-        self._part_bytes: int = outputs.small_block_bytes
-        self._num_parts = max(1, min(_MAX_PARTS, _SLAB_BYTES // self._part_bytes))
-        self._parts: dict[int, list[Handle]] = {}
+    def make_slab(num_parts: int) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+        slab = new((num_parts * words,), (1,), torch.int32)
+        return slab.data_ptr(), slab, slab, slab.view(dtype)
 
-    def take(self, stream: int, captured: bool) -> Handle:
-        """Those of the next dispatch, with any contents.
-
-        Args:
-            stream: handle of the current stream.
-            captured: whether it is being captured into a graph: a replay writes again to what the capture took, so that
-                is a block of its own.
-        """
-        if captured:
-            return self._cut(1)[0]
-        parts = self._parts.get(stream)
-        if not parts:
-            if len(self._parts) >= _MAX_STREAMS and stream not in self._parts:
-                del self._parts[next(iter(self._parts))]
-            parts = self._parts[stream] = self._cut(self._num_parts)
-        return parts.pop()
-
-    def _cut(self, num_parts: int) -> list[Handle]:
-        # Made in inference mode they could not be changed outside of it, where the next handles may be used.
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
-                return self._cut(num_parts)
-        words = self._new((num_parts * self._part_bytes // 4,), (1,), torch.int32)
-        with _plain_views():
-            views = self._views(words, num_parts)
-        start = words.data_ptr()
-        places = [(self._shape, start + i * self._part_bytes) for i in range(num_parts)]
-        for src_info, place in zip(views[1], places, strict=True):
-            setattr(src_info, PLACES, place)
-        return list(zip(*views, places, strict=True))
-
-    def _views(self, words: torch.Tensor, num_parts: int) -> tuple[Sequence[torch.Tensor], ...]:
-        """recv_count, src_info and layout_range of all parts."""
-        outputs, num_ranks, part = self._outputs, self._num_ranks, self._part_bytes // 4
-        num_groups, capacity, _ = self._shape.rows
-        counts = words.as_strided((num_parts, num_groups), (part, 1), outputs.recv_count_at // 4).unbind()
-        at = self._shape.src_info_at // 4
-        if self._shape.expert_major:
-            src_infos = words.as_strided((num_parts, num_groups, capacity), (part, capacity, 1), at).unbind()
-            longs = words.view(torch.int64)
-            ranges = longs.as_strided((num_parts, num_groups, num_ranks), (part // 2, num_ranks, 1)).unbind()
-            return counts, src_infos, ranges
-        num_topk = self._shape.num_topk
-        sizes = (num_parts, num_groups, capacity, num_topk)
-        strides = (part, capacity * num_topk, num_topk, 1)
-        src_infos = words.as_strided(sizes, strides, at).unbind()
-        floats = words.view(torch.float32)
-        if self._shape.with_weights:
-            return counts, src_infos, floats.as_strided(sizes, strides, outputs.weights_at // 4).unbind()
-        return counts, src_infos, floats.as_strided((num_parts, 0), (part, 1)).unbind()
-
-
-def _plain_views() -> AbstractContextManager[Any]:
-    """Views made in here are tensors of their own to autograd, which has no use for these integers and weights: they
-    cost a quarter less."""
-    return torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD_OF_VIEWS)
+    num_parts = max(1, min(_MAX_PARTS, _SLAB_BYTES // part_bytes))
+    layouts = [count, src_info, ranges]
+    return _C.LowLatencyHandles(make_slab, view_maker(), num_parts, part_bytes, layouts, shape, PLACES, shape.numbers)

@@ -70,6 +70,10 @@ class Region:
     num_pending: int = 0
     is_leased: bool = False
 
+    def lease(self) -> None:
+        """A captured graph uses it from now on."""
+        self.is_leased = True
+
 
 class Regions:
     """The region of a buffer, and those before it that are still needed.

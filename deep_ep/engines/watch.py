@@ -20,7 +20,14 @@ logger = logging.getLogger("deep_ep")
 
 #: Names of Operation and Phase of csrc/layout/control_block.h.
 OPERATIONS = {1: "dispatch", 2: "combine", 3: "low_latency_dispatch", 4: "low_latency_combine"}
-PHASES = {1: "announcement", 2: "end of the operation", 3: "layout", 4: "bulk copy", 5: "pushed rows", 6: "places of rows"}
+PHASES = {
+    1: "announcement",
+    2: "end of the operation",
+    3: "layout",
+    4: "bulk copy",
+    5: "pushed rows",
+    6: "places of rows",
+}
 
 
 class LateNotes(Protocol):

@@ -1,0 +1,395 @@
+// Low-latency calls of one shape, from the tensors that are passed to those that come back, in one native call: whether they
+// are like those of a call before, and where they lie; the order of streams; new outputs; the launch.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "bindings_call.h"
+#include "bindings_low_latency.h"
+#include "bindings_tensors.h"
+
+namespace py = pybind11;
+
+namespace deep_ep {
+
+void bind_low_latency_calls(py::module_& m);
+
+namespace {
+
+using Address = uintptr_t;
+
+constexpr int kWhole = 0, kReceive = 2;  // LowLatencyPart of kernels/low_latency_launch.h
+
+PyObject* none() {
+    Py_RETURN_NONE;
+}
+
+py::object owned(PyObject* result) {
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+}
+
+// The small outputs of dispatches of one shape, cut from slabs of memory.
+class LowLatencyHandles {
+  public:
+    // make_slab: called with a number of parts, gives their address, and for recv_count and the two tensors of a handle one
+    // each that covers the slab. view: called with one of these, and sizes, strides and offset in its elements. layouts: of the
+    // three, sizes, strides, offset in the first part, and elements of a part. attribute: of the handle's first tensor, set to
+    // (shape, address of the part). numbers: what ends a handle.
+    LowLatencyHandles(py::object make_slab, py::object view, int num_parts, int64_t part_bytes,
+                      const py::list& layouts, py::object shape, py::str attribute, py::tuple numbers)
+        : make_slab_(std::move(make_slab)),
+          view_(std::move(view)),
+          num_parts_(num_parts),
+          part_bytes_(part_bytes),
+          shape_(std::move(shape)),
+          attribute_(std::move(attribute)),
+          numbers_(std::move(numbers)) {
+        if (layouts.size() != kTensors || numbers_.size() != 3)
+            throw py::value_error("expected three layouts and numbers");
+        for (size_t i = 0; i < kTensors; ++i) {
+            const auto layout = layouts[i].cast<py::tuple>();
+            layouts_[i] = {layout[0], layout[1], layout[2].cast<int64_t>(), layout[3].cast<int64_t>()};
+        }
+    }
+
+    // What belongs to the next dispatch, with any contents: recv_count, the handle, and the address of its part.
+    struct Taken {
+        py::object count, handle;
+        Address address;
+    };
+    // captured: into a graph, whose replays write again to what the capture took, so that is a slab of its own.
+    Taken take(Address stream, bool captured) {
+        if (captured) return cut(make(stream, 1), 0);
+        auto slab = find(stream);
+        if (slab == slabs_.end() || slab->next == num_parts_) {
+            const Slab made = make(stream, num_parts_);
+            slab = find(stream);  // anew, since Python ran
+            if (slab != slabs_.end()) {
+                *slab = made;
+            } else {
+                if (slabs_.size() >= kMaxStreams) slabs_.erase(slabs_.begin());
+                slab = slabs_.insert(slabs_.end(), made);
+            }
+        }
+        const int part = slab->next++;
+        return cut(Slab(*slab), part);
+    }
+
+  private:
+    static constexpr size_t kTensors = 3, kMaxStreams = 4;
+
+    struct Layout {
+        py::object sizes, strides;
+        int64_t offset, step;
+    };
+    struct Slab {
+        Address stream, address;
+        py::object tensors[kTensors];
+        int next;
+    };
+
+    Slab make(Address stream, int num_parts) const {
+        const auto made = make_slab_(num_parts).cast<py::tuple>();
+        return {stream, made[0].cast<Address>(), {made[1], made[2], made[3]}, 0};
+    }
+    std::vector<Slab>::iterator find(Address stream) {
+        return std::find_if(slabs_.begin(), slabs_.end(),
+                            [&](const Slab& each) { return each.stream == stream; });
+    }
+    Taken cut(const Slab& slab, int part) const {
+        const Address address = slab.address + static_cast<Address>(part * part_bytes_);
+        py::object views[kTensors];
+        for (size_t i = 0; i < kTensors; ++i) {
+            const Layout& layout = layouts_[i];
+            const py::object offset = owned(PyLong_FromLongLong(layout.offset + part * layout.step));
+            PyObject* const arguments[] = {slab.tensors[i].ptr(), layout.sizes.ptr(), layout.strides.ptr(),
+                                           offset.ptr()};
+            views[i] = owned(PyObject_Vectorcall(view_.ptr(), arguments, 4, nullptr));
+        }
+        const py::object places = owned(tuple_of(Py_NewRef(shape_.ptr()), address));
+        if (PyObject_SetAttr(views[1].ptr(), attribute_.ptr(), places.ptr()) != 0)
+            throw py::error_already_set();
+        const auto number = [&](int i) { return PyTuple_GET_ITEM(numbers_.ptr(), i); };
+        return {std::move(views[0]),
+                owned(PyTuple_Pack(5, views[1].ptr(), views[2].ptr(), number(0), number(1), number(2))),
+                address};
+    }
+
+    py::object make_slab_, view_;
+    int num_parts_;
+    int64_t part_bytes_;
+    py::object shape_;
+    py::str attribute_;
+    py::tuple numbers_;
+    Layout layouts_[kTensors];
+    std::vector<Slab> slabs_;
+};
+
+// What is the same in dispatches and combines.
+class Steps {
+  public:
+    // plan: whose attribute `entry` is the address of a LowLatencyEntry. lease: called where a graph is captured. new_tensor:
+    // takes sizes, strides and a dtype.
+    Steps(const TensorReader& reader, py::object plan, py::object lease, py::object new_tensor)
+        : reader_(reader),
+          plan_(std::move(plan)),
+          lease_(std::move(lease)),
+          new_tensor_(std::move(new_tensor)),
+          entry_(reinterpret_cast<const LowLatencyEntry*>(plan_.attr("entry").cast<Address>())) {}
+
+    // False after a failure that kernels have reported.
+    bool begin(Address stream, bool& captured) const {
+        const int state = entry_->begin(entry_->plan, stream);
+        captured = state > 0;
+        if (captured) lease_();
+        return state >= 0;
+    }
+    template <class Arguments>
+    void launch(const Arguments& arguments, int part, int num_sms, Address stream, bool captured) const {
+        entry_->launch(entry_->plan, &arguments, part, num_sms, stream, captured);
+    }
+    // layout: a tuple of what new_tensor takes.
+    py::object make(const py::object& layout, Address& address) const {
+        py::object tensor = owned(PyObject_Call(new_tensor_.ptr(), layout.ptr(), nullptr));
+        TensorView view{};
+        address =
+            reader_.view(tensor.ptr(), view) ? view.address() : tensor.attr("data_ptr")().cast<Address>();
+        return tensor;
+    }
+    // The second part of an operation. sent: the arguments of the first, as `keep` gave them. False as `begin`.
+    template <class Arguments>
+    bool receive(PyObject* sent, int num_sms, Address stream) const {
+        Arguments arguments{};
+        if (!PyBytes_Check(sent) || PyBytes_GET_SIZE(sent) != sizeof(arguments))
+            throw py::type_error("receive() takes what the first part returned");
+        std::memcpy(&arguments, PyBytes_AS_STRING(sent), sizeof(arguments));
+        bool captured = false;
+        if (!begin(stream, captured)) return false;
+        launch(arguments, kReceive, num_sms, stream, captured);
+        return true;
+    }
+    // For `receive`; None if there is no such part.
+    template <class Arguments>
+    static PyObject* keep(const Arguments& arguments, int part) {
+        if (part == kWhole) return none();
+        return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&arguments), sizeof(arguments));
+    }
+
+  private:
+    const TensorReader& reader_;
+    py::object plan_, lease_, new_tensor_;
+    const LowLatencyEntry* entry_;
+};
+
+class LowLatencyDispatchCalls {
+  public:
+    // x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats: addresses, 0 for None.
+    using Inputs = std::tuple<Address, Address, Address, int64_t, Address, Address>;
+
+    // handles: kept alive by the caller. rows, scales: for new_tensor, the latter None for bf16 rows.
+    LowLatencyDispatchCalls(const py::type& tensor_type, int device_index, int64_t num_max_tokens,
+                            int64_t hidden, int64_t num_topk, bool topk_is_int64, bool with_weights,
+                            int64_t num_local, int64_t num_ranks, py::object plan, py::object lease,
+                            py::object new_tensor, LowLatencyHandles& handles, py::object rows,
+                            py::object scales)
+        : reader_(tensor_type, device_index),
+          num_max_tokens_(num_max_tokens),
+          hidden_(hidden),
+          num_topk_(num_topk),
+          topk_type_(topk_is_int64 ? kInt64Type : kInt32Type),
+          with_weights_(with_weights),
+          num_local_(num_local),
+          num_ranks_(num_ranks),
+          steps_(reader_, std::move(plan), std::move(lease), std::move(new_tensor)),
+          handles_(handles),
+          rows_(std::move(rows)),
+          scales_(std::move(scales)) {}
+
+    LowLatencyDispatchCalls(const LowLatencyDispatchCalls&) = delete;
+    LowLatencyDispatchCalls& operator=(const LowLatencyDispatchCalls&) = delete;
+
+    // `run` for tensors as they come. None also if something is not as the kernel needs it.
+    PyObject* try_run(PyObject* x, PyObject* topk_idx, PyObject* topk_weights, PyObject* recv_stats,
+                      PyObject* wait_stats, int part, int num_sms, Address stream) const {
+        TensorView rows{}, idx{}, weights{};
+        Address recv_at = 0, wait_at = 0;
+        if (!reader_.dense(topk_idx, topk_type_, 2, idx) || idx.shape[1] != num_topk_) return none();
+        const int64_t num_tokens = idx.shape[0];
+        if (num_tokens > num_max_tokens_ || !reader_.plain(x, kBf16Type, {num_tokens, hidden_}, rows) ||
+            !(with_weights_ ? reader_.plain(topk_weights, kFloat32Type, {num_tokens, num_topk_}, weights)
+                            : topk_weights == Py_None) ||
+            !reader_.optional(recv_stats, kInt32Type, {num_local_}, recv_at) ||
+            !reader_.optional(wait_stats, kInt64Type, {num_ranks_}, wait_at))
+            return none();
+        return run({rows.address(), idx.address(), weights.address(), num_tokens, recv_at, wait_at}, part,
+                   num_sms, stream);
+    }
+
+    // ((recv_x, recv_count, handle), num_tokens, what `receive` takes or None). None after a failure that kernels have
+    // reported; nothing has been done then.
+    PyObject* run(const Inputs& inputs, int part, int num_sms, Address stream) const {
+        bool captured = false;
+        if (!steps_.begin(stream, captured)) return none();
+        LowLatencyDispatchArguments call{};
+        std::tie(call.x, call.topk_idx, call.topk_weights, call.num_tokens, call.recv_stats,
+                 call.wait_stats) = inputs;
+        py::object received = steps_.make(rows_, call.rows);
+        if (!scales_.is_none()) {
+            const py::object scales = steps_.make(scales_, call.scales);
+            received = owned(PyTuple_Pack(2, received.ptr(), scales.ptr()));
+        }
+        const LowLatencyHandles::Taken small = handles_.take(stream, captured);
+        call.small = small.address;
+        steps_.launch(call, part, num_sms, stream, captured);
+        return tuple_of(PyTuple_Pack(3, received.ptr(), small.count.ptr(), small.handle.ptr()),
+                        call.num_tokens, Steps::keep(call, part));
+    }
+    bool receive(PyObject* sent, int num_sms, Address stream) const {
+        return steps_.receive<LowLatencyDispatchArguments>(sent, num_sms, stream);
+    }
+
+  private:
+    TensorReader reader_;
+    int64_t num_max_tokens_, hidden_, num_topk_;
+    TensorType topk_type_;
+    bool with_weights_;
+    int64_t num_local_, num_ranks_;
+    Steps steps_;
+    LowLatencyHandles& handles_;
+    py::object rows_, scales_;
+};
+
+class LowLatencyCombineCalls {
+  public:
+    // x, src_info, layout_range, source_tokens, positions, weights, topk_idx, topk_weights, num_tokens, out, wait_stats: as in
+    // LowLatencyCombineArguments.
+    using Inputs = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, int64_t,
+                              Address, Address>;
+
+    // num_groups, capacity: of the rows [L, R * M, H], by source [R, M, H]. places: where src_info, source_tokens, positions
+    // and weights lie in the block of a handle, the last -1 where they are not used. out: strides and dtype for new_tensor.
+    // ticket: for new_tensor.
+    LowLatencyCombineCalls(const py::type& tensor_type, int device_index, int64_t num_groups,
+                           int64_t capacity, int64_t hidden, int64_t num_max_tokens, int64_t num_topk,
+                           bool topk_is_int64, bool expert_major, int64_t num_ranks, const py::tuple& places,
+                           py::object plan, py::object lease, py::object new_tensor, const py::tuple& out,
+                           py::object ticket)
+        : reader_(tensor_type, device_index),
+          num_groups_(num_groups),
+          capacity_(capacity),
+          hidden_(hidden),
+          num_max_tokens_(num_max_tokens),
+          num_topk_(num_topk),
+          topk_type_(topk_is_int64 ? kInt64Type : kInt32Type),
+          expert_major_(expert_major),
+          num_ranks_(num_ranks),
+          src_info_at_(places[0].cast<Address>()),
+          source_tokens_at_(places[1].cast<Address>()),
+          positions_at_(places[2].cast<Address>()),
+          weights_at_(places[3].cast<int64_t>()),
+          steps_(reader_, std::move(plan), std::move(lease), std::move(new_tensor)),
+          out_strides_(out[0]),
+          out_dtype_(out[1]),
+          ticket_(std::move(ticket)) {}
+
+    LowLatencyCombineCalls(const LowLatencyCombineCalls&) = delete;
+    LowLatencyCombineCalls& operator=(const LowLatencyCombineCalls&) = delete;
+
+    // `run` for tensors as they come. block: of the handle. out: None for a new one. None also if something is not as the
+    // kernel needs it, or src_info or layout_range is not that of the block but a copy.
+    PyObject* try_run(PyObject* x, PyObject* src_info, PyObject* layout_range, PyObject* topk_idx,
+                      PyObject* topk_weights, PyObject* out, PyObject* wait_stats, Address block, int part,
+                      int num_sms, Address stream) const {
+        TensorView rows{}, idx{}, weights{}, info{}, ranges{};
+        Address out_at = 0, wait_at = 0;
+        if (!reader_.dense(topk_idx, topk_type_, 2, idx) || idx.shape[1] != num_topk_) return none();
+        const int64_t num_tokens = idx.shape[0];
+        if (num_tokens > num_max_tokens_ || !reader_.view(src_info, info) ||
+            info.address() != block + src_info_at_ || !reader_.view(layout_range, ranges) ||
+            !reader_.plain(x, kBf16Type, {num_groups_, capacity_, hidden_}, rows) ||
+            !reader_.optional(out, kBf16Type, {num_tokens, hidden_}, out_at) ||
+            !reader_.optional(wait_stats, kInt64Type, {num_ranks_}, wait_at))
+            return none();
+        if (expert_major_ &&
+            (ranges.address() != block || !reader_.dense(topk_weights, kFloat32Type, 2, weights) ||
+             weights.shape[0] != num_tokens || weights.shape[1] != num_topk_))
+            return none();
+        const Address weights_at = weights_at_ < 0 ? 0 : block + static_cast<Address>(weights_at_);
+        return run_into(out,
+                        {rows.address(), info.address(), ranges.address(), block + source_tokens_at_,
+                         block + positions_at_, weights_at, idx.address(), weights.address(), num_tokens,
+                         out_at, wait_at},
+                        part, num_sms, stream);
+    }
+
+    // (None, num_tokens, sent, ticket): where there is another part to come, what `receive` takes, and a tensor that it
+    // needs. None after a failure that kernels have reported; nothing has been done then.
+    PyObject* run(const Inputs& inputs, int part, int num_sms, Address stream) const {
+        return run_into(nullptr, inputs, part, num_sms, stream);
+    }
+    bool receive(PyObject* sent, int num_sms, Address stream) const {
+        return steps_.receive<LowLatencyCombineArguments>(sent, num_sms, stream);
+    }
+
+  private:
+    // out: the tensor whose address is in `inputs`, or null; None: a new one.
+    PyObject* run_into(PyObject* out, const Inputs& inputs, int part, int num_sms, Address stream) const {
+        bool captured = false;
+        if (!steps_.begin(stream, captured)) return none();
+        LowLatencyCombineArguments call{};
+        std::tie(call.x, call.src_info, call.layout_range, call.source_tokens, call.positions, call.weights,
+                 call.topk_idx, call.topk_weights, call.num_tokens, call.out, call.wait_stats) = inputs;
+        py::object target = py::reinterpret_borrow<py::object>(out == nullptr ? Py_None : out);
+        if (out == Py_None) {
+            const py::object sizes = owned(tuple_of(call.num_tokens, hidden_));
+            target = steps_.make(owned(PyTuple_Pack(3, sizes.ptr(), out_strides_.ptr(), out_dtype_.ptr())),
+                                 call.out);
+        }
+        py::object ticket = py::none();
+        if (part != kWhole) ticket = steps_.make(ticket_, call.ticket);
+        steps_.launch(call, part, num_sms, stream, captured);
+        return tuple_of(target.release().ptr(), call.num_tokens, Steps::keep(call, part),
+                        ticket.release().ptr());
+    }
+
+    TensorReader reader_;
+    int64_t num_groups_, capacity_, hidden_, num_max_tokens_, num_topk_;
+    TensorType topk_type_;
+    bool expert_major_;
+    int64_t num_ranks_;
+    Address src_info_at_, source_tokens_at_, positions_at_;
+    int64_t weights_at_;
+    Steps steps_;
+    py::object out_strides_, out_dtype_, ticket_;
+};
+
+}  // namespace
+
+void bind_low_latency_calls(py::module_& m) {
+    using Object = py::object;
+    py::class_<LowLatencyHandles> handles(m, "LowLatencyHandles");
+    handles.def(py::init<Object, Object, int, int64_t, const py::list&, Object, py::str, py::tuple>())
+        .def("take", [](LowLatencyHandles& self, Address stream, bool captured) {
+            const LowLatencyHandles::Taken taken = self.take(stream, captured);
+            return py::make_tuple(taken.count, taken.handle, taken.address);
+        });
+    py::class_<LowLatencyDispatchCalls> dispatch(m, "LowLatencyDispatchCalls");
+    dispatch.def(py::init<const py::type&, int, int64_t, int64_t, int64_t, bool, bool, int64_t, int64_t,
+                          Object, Object, Object, LowLatencyHandles&, Object, Object>(),
+                 py::keep_alive<1, 14>());
+    def_fast<&LowLatencyDispatchCalls::try_run>(dispatch, "try_run");
+    def_fast<&LowLatencyDispatchCalls::run>(dispatch, "run");
+    def_fast<&LowLatencyDispatchCalls::receive>(dispatch, "receive");
+    py::class_<LowLatencyCombineCalls> combine(m, "LowLatencyCombineCalls");
+    combine.def(py::init<const py::type&, int, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool,
+                         int64_t, const py::tuple&, Object, Object, Object, const py::tuple&, Object>());
+    def_fast<&LowLatencyCombineCalls::try_run>(combine, "try_run");
+    def_fast<&LowLatencyCombineCalls::run>(combine, "run");
+    def_fast<&LowLatencyCombineCalls::receive>(combine, "receive");
+}
+
+}  // namespace deep_ep
