@@ -19,7 +19,8 @@ from .world import World, summary
 #: The limit that a row is held against, by the first word of its key or the whole of it; see probes.py.
 PROBE_OF = {"fp8": "place_fp8_scales", "bf16": "place_bf16", "combine": "pull_bf16"}
 HOST_TOKENS = 512
-HOST_CALLS = 20
+#: Calls of a round whose host time is taken, and those before: the first one after a pause costs several times more.
+HOST_CALLS, HOST_WARMUPS = 100, 5
 LAYOUT_CALLS = 50
 
 
@@ -210,7 +211,7 @@ def measure_layout(world: World, buffer: deep_ep.Buffer, case: Case, args: argpa
 
 
 def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time of the host to enqueue a call, no synchronisation between calls, few tokens so that the device keeps up."""
+    """Time of the host to enqueue one of many calls: no synchronisation, few tokens so that the device keeps up."""
     tokens = min(args.tokens, HOST_TOKENS)
     few = argparse.Namespace(**{**vars(args), "tokens": tokens, "keep": 0})
     case = Case(world, few)
@@ -222,8 +223,9 @@ def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace)
     for key, (name, call) in calls.items():
 
         def enqueue(call: Callable[[], Any] = call) -> float:
-            call()
             world.barrier()
+            for _ in range(HOST_WARMUPS):
+                call()
             start_s = time.perf_counter()
             for _ in range(HOST_CALLS):
                 call()

@@ -21,7 +21,8 @@ from deep_ep.errors import TopologyError
 from .case import Case
 
 GRAPH_PAIRS = 10  # in one graph, as the layers of a model are
-HOST_CALLS = 20
+#: Calls of a round whose host time is taken, and those before: the first one after a pause costs several times more.
+HOST_CALLS, HOST_WARMUPS = 100, 5
 #: Bytes before a flag: none, and an FP8 row of the usual size.
 FLAG_PAYLOADS = (0, 7168)
 LINK_ROWS = 2048
@@ -267,7 +268,7 @@ def _mean(world: World, buffer: deep_ep.Buffer, row: Row, args: argparse.Namespa
 
 
 def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time of the host to enqueue a call, no synchronisation between calls, few tokens so that the device keeps up."""
+    """Time of the host to enqueue one of many calls: no synchronisation, few tokens so that the device keeps up."""
     case = Case(world, args, min(args.tokens))
     figures = []
     for form in args.formats:
@@ -275,8 +276,9 @@ def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace)
         for row in workload.rows():
 
             def enqueue(call: Callable[[], Any] = row.call) -> float:
-                call()
                 world.barrier()
+                for _ in range(HOST_WARMUPS):
+                    call()
                 start_s = time.perf_counter()
                 for _ in range(HOST_CALLS):
                     call()

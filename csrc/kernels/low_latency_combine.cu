@@ -12,16 +12,16 @@ namespace {
 
 using namespace ll_combine;
 
-// Learns the operation's number, and waits for leave to write. By all threads of a block.
-__device__ __forceinline__ void begin_block(const LowLatencyCombineArgs& args, Run& op, Peers& peers) {
+// Waits for leave to write. By all threads of a block; epoch: what the first one knows, in a part that begins.
+__device__ __forceinline__ void begin_block(const LowLatencyCombineArgs& args, uint64_t epoch, Run& op,
+                                            Peers& peers) {
     const LowLatencyDomain& ll = args.ll;
     if (threadIdx.x < 32) {
         const int peer = static_cast<int>(threadIdx.x);
         const bool is_peer = peer < ll.domain.num_ranks;
         sync::Room room{};
         if (is_peer) room = sync::peek_room(ll, kKind, peer);
-        uint64_t epoch = 0;
-        if (peer == 0) epoch = op.begins ? sync::begin_operation(ll, kKind) : *args.ticket;
+        if (peer == 0 && !op.begins) epoch = *args.ticket;
         epoch = __shfl_sync(kAllLanes, epoch, 0);
         if (is_peer) {
             peers.came[peer] = sync::await_room(ll, kKind, epoch, peer, room);
@@ -35,8 +35,8 @@ __device__ __forceinline__ void begin_block(const LowLatencyCombineArgs& args, R
 }
 
 // By one block of a home, which begins here: tells each rank which of its experts a token selected, and the weights.
-__device__ void send_selections(const LowLatencyCombineArgs& args, const CombinePlan& plan, Run& op,
-                                Peers& peers) {
+__device__ void send_selections(const LowLatencyCombineArgs& args, const CombinePlan& plan, uint64_t epoch,
+                                Run& op, Peers& peers) {
     const LowLatencyDomain& ll = args.ll;
     const int num_ranks = ll.domain.num_ranks, rank = ll.domain.rank;
     const int count = args.num_tokens * args.num_topk, stride = static_cast<int>(blockDim.x);
@@ -44,7 +44,7 @@ __device__ void send_selections(const LowLatencyCombineArgs& args, const Combine
     // Loaded one ahead, and the first before anything is waited for.
     int64_t next_expert = i < count ? selection(args, i) : -1;
     float next_weight = i < count && !op.knows_weights ? args.topk_weights[i] : 0.0f;
-    begin_block(args, op, peers);
+    begin_block(args, epoch, op, peers);
     if (const int peer = i; peer < num_ranks && peer != rank && peers.came[peer] == sync::Came::kHere) {
         sync::publish_header(ll, kKind, peer, op.epoch,
                              {signature_tag(args.signature), args.num_tokens,
@@ -147,11 +147,14 @@ __global__ void __launch_bounds__(kNumThreads, 1)
                         const __grid_constant__ CombinePlan plan) {
     __shared__ Peers peers;
     const LowLatencyDomain& ll = args.ll;
-    ptx::wait_for_earlier_kernels();
-    if (plan.overlaps) ptx::launch_dependents();
-    const bool has_positions = args.positions != nullptr;
     Run op{};
     op.begins = plan.part != LowLatencyPart::kReceive;
+    uint64_t epoch = 0;
+    if (op.begins && threadIdx.x == 0) epoch = sync::begin_operation(ll, kKind);
+    ptx::wait_for_earlier_kernels();
+    // The next kernel may begin when all blocks of this one have.
+    if (plan.overlaps && threadIdx.x == 0 && (!op.begins || epoch != 0)) ptx::launch_dependents();
+    const bool has_positions = args.positions != nullptr;
     op.ends = plan.part != LowLatencyPart::kSend;
     op.in_lines = plan.in_lines;
     op.knows_weights = kBySource || (kSummed && args.weights != nullptr);
@@ -163,10 +166,10 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     const bool watches = is_leader() && warp == kNumWarps - 1;
     if (watches) sync::tell_consumed(ll, kKind);
     if (op.begins && blockIdx.x == 0) {
-        send_selections(args, plan, op, peers);
+        send_selections(args, plan, epoch, op, peers);
         if (plan.part == LowLatencyPart::kSend && threadIdx.x == 0) *args.ticket = op.epoch;
     } else {
-        begin_block(args, op, peers);
+        begin_block(args, epoch, op, peers);
     }
     if (op.ends || op.sends_early) meet_peers(args, plan, op, peers);
     if (watches && op.ends && op.sends_early) watch_peers(args, op, peers);

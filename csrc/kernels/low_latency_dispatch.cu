@@ -20,18 +20,22 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     __shared__ BlockState block;
     const LowLatencyDomain& ll = args.ll;
     if (threadIdx.x == 0) block.absent = block.in_lines = 0;
+    const bool begins = plan.part != LowLatencyPart::kReceive;
+    uint64_t epoch = 0;  // known to the first thread
+    if (begins && threadIdx.x == 0) epoch = sync::begin_operation(ll, kKind);
     ptx::wait_for_earlier_kernels();
-    if (plan.overlaps) ptx::launch_dependents();
+    // The next kernel may begin when all blocks of this one have.
+    if (plan.overlaps && threadIdx.x == 0 && (!begins || epoch != 0)) ptx::launch_dependents();
     // By another warp than the one that begins.
     if (is_leader() && threadIdx.x / 32 == kNumWarps - 1) sync::tell_consumed(ll, kKind);
-    if (plan.part == LowLatencyPart::kReceive) {
+    if (!begins) {
         if (threadIdx.x == 0) block.epoch = *args.ticket;
         __syncthreads();
     } else {
         const bool alone = gridDim.x == 1;
-        if (blockIdx.x == 0) announce<kBySource>(args, plan, block, scratch);
+        if (blockIdx.x == 0) announce<kBySource>(args, plan, epoch, block, scratch);
         if (blockIdx.x != 0 || alone) {
-            send_rows<kFp8>(args, plan, block, alone ? 0 : 1, plan.num_senders, !alone);
+            send_rows<kFp8>(args, plan, epoch, block, alone ? 0 : 1, plan.num_senders, !alone);
         }
     }
     if (plan.part == LowLatencyPart::kSend) {

@@ -54,15 +54,13 @@ __device__ __forceinline__ bool is_leader() {
     return blockIdx.x == gridDim.x - 1;
 }
 
-// Learns the operation's number, and waits for leave to write. By the first warp of every block, before the block's first
+// Waits for leave to write. By the first warp of every block, whose first thread knows the epoch, before the block's first
 // store; the others know after a block barrier.
-__device__ __forceinline__ void begin_block(const LowLatencyDomain& ll, BlockState& block) {
+__device__ __forceinline__ void begin_block(const LowLatencyDomain& ll, uint64_t epoch, BlockState& block) {
     const int peer = static_cast<int>(threadIdx.x);
     const bool is_peer = peer < ll.domain.num_ranks;
     sync::Room room{};
     if (is_peer) room = sync::peek_room(ll, kKind, peer);
-    uint64_t epoch = 0;
-    if (peer == 0) epoch = sync::begin_operation(ll, kKind);
     epoch = __shfl_sync(kAllLanes, epoch, 0);
     const bool may = is_peer && sync::await_room(ll, kKind, epoch, peer, room) == sync::Came::kHere;
     const unsigned all = __ballot_sync(kAllLanes, may);

@@ -170,6 +170,8 @@ __device__ bool await_sources(const LowLatencyDispatchArgs& args, BlockState& bl
     __syncthreads();
     const unsigned again = block.present & block.absent;
     if (!kBySource && again != 0) {
+        // All have read it before it changes.
+        __syncthreads();
         if (threadIdx.x == 0) block.absent = 0;
         __syncthreads();
         is_good = await_counts(args, block, again, num_local, by_local, table);

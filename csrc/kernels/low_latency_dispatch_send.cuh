@@ -80,8 +80,8 @@ __device__ __forceinline__ int64_t kept_at(const int64_t (&kept)[kKept], int j) 
 // By one block: tells each peer how many tokens there are, the counts of its experts, and for each selection the number of
 // the token among those for the same expert. Where rows lie by source nothing has to be counted.
 template <bool kBySource>
-__device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan& plan, BlockState& block,
-                         uint32_t* scratch) {
+__device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan& plan, uint64_t epoch,
+                         BlockState& block, uint32_t* scratch) {
     const LowLatencyDomain& ll = args.ll;
     const int num_experts = args.num_experts, num_topk = args.num_topk,
               thread = static_cast<int>(threadIdx.x);
@@ -104,7 +104,7 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
         if (first == 0) {
 #pragma unroll 1
             for (int e = thread; e < num_counted; e += kNumThreads) chunk.before[e] = 0;
-            if (thread < 32) begin_block(ll, block);
+            if (thread < 32) begin_block(ll, epoch, block);
         }
         __syncthreads();
         if (first == 0 && (thread < ll.domain.num_ranks && (block.room >> thread & 1u) != 0)) {
@@ -146,8 +146,8 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
 // The warps of `num_blocks` blocks from `first_block` on share the pieces of the tokens. begins: the block has yet to begin,
 // and does so when each warp has its first piece at hand.
 template <bool kFp8>
-__device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan& plan, BlockState& block,
-                          int first_block, int num_blocks, bool begins) {
+__device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan& plan, uint64_t epoch,
+                          BlockState& block, int first_block, int num_blocks, bool begins) {
     const LowLatencyDomain& ll = args.ll;
     const RowShape shape = RowShape::of(args.hidden, kFp8, args.format);
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
@@ -185,11 +185,11 @@ __device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan
     open();
     load();
     if (begins) {
-        if (warp == 0) begin_block(ll, block);
+        if (warp == 0) begin_block(ll, epoch, block);
         __syncthreads();
     }
     close();
-    const uint64_t epoch = block.epoch;
+    epoch = block.epoch;
     const unsigned room = block.room;
     const int set = set_of(epoch);
 #pragma unroll 1

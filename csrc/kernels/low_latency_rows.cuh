@@ -76,6 +76,11 @@ __device__ __forceinline__ uint2 quantize_eight(const uint4& bf16, float inverse
     return *reinterpret_cast<const uint2*>(&codes);
 }
 
+// Called, as it happens rarely.
+__device__ __noinline__ inline TileScale tile_scale_apart(float amax, bool pow2) {
+    return tile_scale(amax, pow2);
+}
+
 // By all lanes of a warp: eight lanes share a tile.
 template <bool kFp8>
 __device__ __forceinline__ RowStep encode(const SourceStep<kFp8>& source, const RowShape& shape, int step,
@@ -86,21 +91,34 @@ __device__ __forceinline__ RowStep encode(const SourceStep<kFp8>& source, const 
         constexpr unsigned kAll = 0xFFFFFFFFu;
         RowStep result;
         uint32_t bits[2];
+        // Each line for both halves, as a warp that is alone on its SM waits for every result.
+        float amax[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             Magnitude<Bf16> magnitude;
             magnitude.add(*reinterpret_cast<const Pack<uint16_t, 8>*>(&source.v[2 * half]));
             magnitude.add(*reinterpret_cast<const Pack<uint16_t, 8>*>(&source.v[2 * half + 1]));
-            float amax = magnitude.get();
+            amax[half] = magnitude.get();
+        }
 #pragma unroll
-            for (int offset = kTileLanes16 / 2; offset > 0; offset /= 2) {
-                amax = fmaxf(amax, __shfl_xor_sync(kAll, amax, offset));
-            }
-            const TileScale scale = tile_scale(amax, format != ScaleFormat::kFp32);
-            const uint2 low = quantize_eight(source.v[2 * half], scale.inverse);
-            const uint2 high = quantize_eight(source.v[2 * half + 1], scale.inverse);
+        for (int offset = kTileLanes16 / 2; offset > 0; offset /= 2) {
+            const float others[2] = {__shfl_xor_sync(kAll, amax[0], offset),
+                                     __shfl_xor_sync(kAll, amax[1], offset)};
+            amax[0] = fmaxf(amax[0], others[0]);
+            amax[1] = fmaxf(amax[1], others[1]);
+        }
+        const bool pow2 = format != ScaleFormat::kFp32;
+        TileScale scales[2] = {plain_tile_scale(amax[0], pow2), plain_tile_scale(amax[1], pow2)};
+        if (fmaxf(amax[0], amax[1]) > kPlainAmax) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) scales[half] = tile_scale_apart(amax[half], pow2);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint2 low = quantize_eight(source.v[2 * half], scales[half].inverse);
+            const uint2 high = quantize_eight(source.v[2 * half + 1], scales[half].inverse);
             result.halves[half] = {low.x, low.y, high.x, high.y};
-            bits[half] = __float_as_uint(scale.scale);
+            bits[half] = __float_as_uint(scales[half].scale);
         }
         // Each word to the lane that stores it.
         if (format == ScaleFormat::kUe8m0) {

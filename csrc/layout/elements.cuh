@@ -74,6 +74,24 @@ __device__ __forceinline__ TileScale tile_scale(float amax, bool pow2) {
     return {scale, __fdiv_rn(1.0f, scale)};
 }
 
+// The same up to this magnitude, without a branch: quotients by Newton's method end with a correction by their remainder, and
+// nothing on the way leaves the range of normal numbers, so they have the bits of divisions.
+constexpr float kPlainAmax = 0x1p100f;
+__device__ __forceinline__ TileScale plain_tile_scale(float amax, bool pow2) {
+    constexpr float kOneOver = 1.0f / kE4m3Max;
+    amax = fmaxf(amax, kAmaxFloor);
+    const float guess = __fmul_rn(amax, kOneOver);
+    const float scale = __fmaf_rn(kOneOver, __fmaf_rn(-kE4m3Max, guess, amax), guess);
+    float one_over;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(one_over) : "f"(amax));
+    one_over = __fmaf_rn(one_over, __fmaf_rn(-amax, one_over, 1.0f), one_over);
+    const float inverse = __fmul_rn(kE4m3Max, one_over);
+    if (!pow2) return {scale, __fmaf_rn(one_over, __fmaf_rn(-amax, inverse, kE4m3Max), inverse)};
+    // 2^e and 2^-e: their biased exponents add up to 254.
+    const uint32_t bits = (__float_as_uint(scale) + 0x7FFFFFu) & 0x7F800000u;
+    return {__uint_as_float(bits), __uint_as_float((254u << 23) - bits)};
+}
+
 // kCount elements whose address is a multiple of their common size: one load or store of up to 16 bytes.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {

@@ -76,7 +76,7 @@ DEEP_EP_HOST_DEVICE uint32_t signature_tag(uint64_t signature) {
 
 // At the start of a region.
 struct alignas(128) LowLatencyControl {
-    // Written by the owner's kernels. begun: operations << 16 | blocks of the kernel under way that know its number.
+    // Written by the owner's kernels. begun: operations << 16, and what the blocks of a kernel under way have added to it.
     uint64_t begun[kNumKinds];
     uint64_t received[kNumKinds][kNumSets];  // last epoch of each parity that has been received
     // Where ranks may be masked: epoch * 2 + whether the rank takes part. The first block that knows decides for all.

@@ -57,18 +57,15 @@ __device__ __forceinline__ Operation operation_of(LowLatencyKind kind) {
     return kind == LowLatencyKind::kDispatch ? Operation::kLowLatencyDispatch : Operation::kLowLatencyCombine;
 }
 
-// Number of the operation that this kernel begins. By one thread of every block, once.
+// Number of the operation that this kernel begins. By one thread of every block, once. May come before kernels ahead in the
+// stream have ended: they have begun, since each lets the next one start after it has begun.
 __device__ __forceinline__ uint64_t begin_operation(const LowLatencyDomain& ll, LowLatencyKind kind) {
     constexpr int kBlockBits = 16;
     auto* begun =
         reinterpret_cast<unsigned long long*>(&own_low_latency_control(ll)->begun[static_cast<int>(kind)]);
-    const unsigned long long before = atomicAdd(begun, 1ull);
-    const unsigned long long num_blocks = gridDim.x;
-    // The last block to ask: the next kernel finds a higher number and no blocks.
-    if ((before & ((1ull << kBlockBits) - 1)) + 1 == num_blocks) {
-        atomicAdd(begun, (1ull << kBlockBits) - num_blocks);
-    }
-    return (before >> kBlockBits) + 1;
+    // Together the blocks add one operation; whatever their order, none before the last one carries into its number.
+    const unsigned long long rest = (1ull << kBlockBits) - (gridDim.x - 1);
+    return (atomicAdd(begun, blockIdx.x == 0 ? rest : 1ull) >> kBlockBits) + 1;
 }
 
 __device__ __forceinline__ bool is_masked(const LowLatencyDomain& ll, int peer) {
@@ -160,23 +157,25 @@ __device__ __forceinline__ Came wait_by_warp(const LowLatencyDomain& ll, LowLate
 }
 
 // Tells each peer what this rank has received of all operations before, so that it may write there again. By one warp of a
-// kernel, at its start; the kernels that received have ended.
+// kernel, at its start; the kernels that received have ended. After a failure peers must not write where a wait was given up.
 //
-// Order: releases the loads of those kernels (kMarkAfterStores); await_room() acquires them.
+// Order: the marks come after the loads of those kernels (kMarkAfterStores), which have ended: no load is under way that a fence
+// would have to wait for. Pairs with await_room().
 __device__ __forceinline__ void tell_consumed(const LowLatencyDomain& ll, LowLatencyKind kind) {
     const int peer = static_cast<int>(threadIdx.x % 32);
-    if (peer >= ll.domain.num_ranks || has_failed(ll.domain)) return;
+    if (peer >= ll.domain.num_ranks) return;
     const LowLatencyControl* own = own_low_latency_control(ll);
     LowLatencyControl* theirs = low_latency_control(ll, peer);
+    // Before it is known whether they count.
     uint64_t received[kNumKinds][kNumSets];
 #pragma unroll
     for (int k = 0; k < kNumKinds; ++k) {
 #pragma unroll
         for (int set = 0; set < kNumSets; ++set) received[k][set] = own->received[k][set];
     }
+    if (has_failed(ll.domain)) return;
     may_dawdle(ll.domain, Site::kMark, peer,
                received[0][0] + received[0][1] + received[1][0] + received[1][1]);
-    ptx::fence_acq_rel_sys();
     const bool is_early = is_broken(ll.domain, Contract::kMarkAfterStores);
 #pragma unroll
     for (int k = 0; k < kNumKinds; ++k) {
@@ -189,11 +188,10 @@ __device__ __forceinline__ void tell_consumed(const LowLatencyDomain& ll, LowLat
     }
 }
 
-// By one thread of the block that told, at its end: the kernel receives this operation.
+// By one thread of the block that told, at its end: the kernel receives this operation. After a failure too, but then nothing is
+// told any more.
 __device__ __forceinline__ void note_received(const LowLatencyDomain& ll, LowLatencyKind kind,
                                               uint64_t epoch) {
-    // After a failure peers must not write where a wait was given up.
-    if (has_failed(ll.domain)) return;
     own_low_latency_control(ll)->received[static_cast<int>(kind)][epoch % kNumSets] = epoch;
 }
 
