@@ -69,21 +69,16 @@ def run_wrong_launches(ctx: RankContext) -> None:
     torch.cuda.synchronize()
     plans = buffer.runtime.low_latency._plans
     [[dispatch], [combine]] = [*plans.dispatches.values(), *plans.combines.values()]
-    for launch, num_arguments, num_tokens_at in ((dispatch.launch, 13, 3), (combine.launch, 16, 8)):
-        good = [*[0] * (num_arguments - 1), True]
-        for wrong in ([], good[:-1], [*good, 0]):
-            with pytest.raises(TypeError, match=f"takes {num_arguments} arguments but {len(wrong)} were given"):
-                launch(*wrong)
-        for at, value in ((0, -1), (0, 1 << 64), (0, None), (0, x), (num_tokens_at, 1 << 31), (-1, 0), (-1, None)):
-            wrong = list(good)
-            wrong[at] = value
-            with pytest.raises(TypeError, match=f"argument {at % num_arguments + 1} is .*, of the wrong type"):
-                launch(*wrong)
-        with pytest.raises(TypeError, match="keyword"):
-            launch(**dict.fromkeys("xy", 0))
-        good[num_tokens_at] = 9
+    stream = torch.cuda.current_stream().cuda_stream
+    for run, num_inputs, num_tokens_at in ((dispatch.run, 6, 3), (combine.run, 11, 8)):
+        inputs = [0] * num_inputs
+        inputs[num_tokens_at] = 9
         with pytest.raises(ValueError, match="the number of tokens is 9, expected 0 to 8"):
-            launch(*good)
+            run(tuple(inputs), 0, 8, stream)
+        with pytest.raises(TypeError, match=r"run\(\) argument 1 is .*, of the wrong type"):
+            run((*inputs, 0), 0, 8, stream)
+        with pytest.raises(TypeError, match=r"run\(\) takes 4 arguments but 1 were given"):
+            run(tuple(inputs))
     recv, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False)
     buffer.low_latency_combine(recv, idx, weights, handle)
     assert (launches(buffer, "low_latency_dispatch"), launches(buffer, "low_latency_combine")) == (2, 2)
