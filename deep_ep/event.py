@@ -22,8 +22,8 @@ class EventHandle:
 
     def __init__(self) -> None:
         self._event: torch.cuda.Event | None = None
-        # Asking for `is_initialized` first keeps a CPU-only program from creating a CUDA context by accident.
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        # Asking for no more keeps a CPU-only program from creating a CUDA context by accident.
+        if torch.cuda.is_initialized():
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream())
 
