@@ -28,6 +28,7 @@ void bind_low_latency(py::module_& m);   // bindings_low_latency.cpp
 void bind_peer_kernels(py::module_& m);  // bindings_peer.cpp
 void bind_probes(py::module_& m);        // bindings_probe.cpp
 void bind_inputs(py::module_& m);        // bindings_inputs.cpp
+void bind_layout(py::module_& m);        // bindings_layout.cpp
 
 namespace {
 
@@ -294,5 +295,6 @@ PYBIND11_MODULE(_C, m) {
     bind_cuda(m);
 #endif
     bind_inputs(m);
+    bind_layout(m);
     bind_low_latency(m);  // after the classes that it names
 }

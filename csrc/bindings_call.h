@@ -169,6 +169,8 @@ struct Method;
 // A member function, or a function whose first argument is the object.
 template <class Owner, class Result, class... Args, Result (Owner::*Function)(Args...) const>
 struct Method<Function> : MethodOf<Function, const Owner, Result, Args...> {};
+template <class Owner, class Result, class... Args, Result (Owner::*Function)(Args...)>
+struct Method<Function> : MethodOf<Function, Owner, Result, Args...> {};
 template <class Owner, class Result, class... Args, Result (*Function)(Owner&, Args...)>
 struct Method<Function> : MethodOf<Function, Owner, Result, Args...> {};
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings_call.h"
+#include "bindings_layout.h"
 #include "kernels/peer_launch.h"
 #include "layout/expert_range.h"
 #include "runtime/peer_domain.h"
@@ -49,13 +50,36 @@ void load_kernels() {
     prepare_combine_rows();
 }
 
-void dispatch_layout(PeerDomain& self, Address topk_idx, bool is_int64, int num_tokens, int num_topk,
-                     int num_experts, Address per_rank, Address per_expert, Address in_rank, Address stream) {
-    launch_dispatch_layout(
-        {self.domain(), pointer<const void>(topk_idx), is_int64, num_tokens, num_topk, num_experts,
-         pointer<int32_t>(per_rank), pointer<int32_t>(per_expert), pointer<uint8_t>(in_rank)},
-        pointer(stream));
-}
+// Where layouts are counted: the order between streams, and the failures that end it all.
+class LayoutQueue {
+  public:
+    LayoutQueue(PeerDomain& peers, StreamOrder& order) : peers_(peers), order_(order) {}
+    LayoutQueue(const LayoutQueue&) = delete;
+    LayoutQueue& operator=(const LayoutQueue&) = delete;
+
+    Address entry() const { return reinterpret_cast<Address>(&entry_); }
+
+  private:
+    static int begin(void* owner, Address stream) {
+        const auto* self = static_cast<const LayoutQueue*>(owner);
+        if (self->peers_.host().error != 0) return -1;
+        return self->order_.begin(pointer(stream)) ? 1 : 0;
+    }
+    static void launch(void* owner, const LayoutArguments* call, Address stream, bool captured) {
+        const auto* self = static_cast<const LayoutQueue*>(owner);
+        launch_dispatch_layout(
+            {self->peers_.domain(), pointer<const void>(call->topk_idx), call->is_int64 != 0,
+             static_cast<int>(call->num_tokens), static_cast<int>(call->num_topk),
+             static_cast<int>(call->num_experts), pointer<int32_t>(call->per_rank),
+             pointer<int32_t>(call->per_expert), pointer<uint8_t>(call->in_rank)},
+            pointer(stream));
+        if (!captured) self->order_.end(pointer(stream));
+    }
+
+    PeerDomain& peers_;
+    StreamOrder& order_;
+    LayoutEntry entry_{this, &begin, &launch};
+};
 
 // What all dispatches of one kind of rows have in common; each launch adds addresses and sizes.
 class DispatchPlan {
@@ -173,42 +197,50 @@ void combine_rows(PeerDomain& self, uint64_t signature, const Placed& rows, cons
 // Waits for what dispatch_notify tells the host: rows received here, whether all ranks have room for theirs, tokens of
 // each local expert, rows from each rank to each, and of these the most that one rank receives, or gets back from others.
 // Without counts: whether a peer gave the operation up, rather than a failure.
-py::object await_counts(PeerDomain& self, int num_experts) {
+PyObject* await_counts(PeerDomain& self, int num_experts) {
     PeerDomain::Outcome outcome{};
     {
         py::gil_scoped_release no_gil;
         outcome = self.wait_counts();
     }
-    if (outcome != PeerDomain::Outcome::kCounts) return py::bool_(outcome == PeerDomain::Outcome::kRefused);
+    if (outcome != PeerDomain::Outcome::kCounts)
+        return PyBool_FromLong(outcome == PeerDomain::Outcome::kRefused);
     const Domain& domain = self.domain();
     const HostRecord& host = self.host();
     const int num_ranks = domain.num_ranks;
-    const int num_local = expert_range(num_experts, num_ranks, domain.rank).count;
-    py::list experts(num_local), sent(num_ranks);
-    for (int e = 0; e < num_local; ++e) experts[e] = py::int_(static_cast<int>(host.expert_counts[e]));
-    int most_received = 0, most_away = 0;
-    std::vector<int> received(num_ranks);
-    for (int src = 0; src < num_ranks; ++src) {
-        py::list row(num_ranks);
-        int away = 0;
-        for (int dst = 0; dst < num_ranks; ++dst) {
-            const int count = host.send_counts[src * num_ranks + dst];
-            row[dst] = py::int_(count);
-            received[dst] += count;
-            if (dst != src) away += count;
+    const auto list_of = [](const volatile int32_t* values, int count) {
+        auto list = py::reinterpret_steal<py::object>(PyList_New(count));
+        if (!list) throw py::error_already_set();
+        for (int i = 0; i < count; ++i) {
+            PyObject* value = PyLong_FromLong(values[i]);
+            if (value == nullptr) throw py::error_already_set();
+            PyList_SET_ITEM(list.ptr(), i, value);
         }
-        sent[src] = row;
+        return list;
+    };
+    py::object experts = list_of(host.expert_counts, expert_range(num_experts, num_ranks, domain.rank).count);
+    py::list sent(num_ranks);
+    int64_t most_received = 0, most_away = 0, received[kMaxPeers] = {};
+    for (int src = 0; src < num_ranks; ++src) {
+        const volatile int32_t* const counts = host.send_counts + src * num_ranks;
+        int64_t away = 0;
+        for (int dst = 0; dst < num_ranks; ++dst) {
+            received[dst] += counts[dst];
+            if (dst != src) away += counts[dst];
+        }
+        sent[static_cast<size_t>(src)] = list_of(counts, num_ranks);
         most_away = std::max(most_away, away);
     }
-    for (int count : received) most_received = std::max(most_received, count);
-    return py::make_tuple(host.num_recv + 0, host.fits != 0, experts, sent, most_received, most_away);
+    for (int64_t count : received) most_received = std::max(most_received, count);
+    return tuple_of(int64_t{host.num_recv}, PyBool_FromLong(host.fits != 0), experts.release().ptr(),
+                    sent.release().ptr(), most_received, most_away);
 }
 
-py::object error(PeerDomain& self) {
+PyObject* error(PeerDomain& self) {
     const HostRecord& host = self.host();
-    if (host.error == 0) return py::none();
-    return py::make_tuple(host.error + 0, host.operation + 0, host.phase + 0, host.peer + 0,
-                          host.expected + 0, host.seen + 0);
+    if (host.error == 0) Py_RETURN_NONE;
+    return tuple_of(int64_t{host.error}, int64_t{host.operation}, int64_t{host.phase}, int64_t{host.peer},
+                    uint64_t{host.expected}, uint64_t{host.seen});
 }
 
 py::object take_overflow(PeerDomain& self) {
@@ -242,8 +274,9 @@ py::dict planted_bugs() {
 
 void bind_domain(py::module_& m) {
     py::class_<PeerDomain> domain(m, "PeerDomain");
-    def_fast<&dispatch_layout>(domain, "dispatch_layout");
     def_fast<&combine_rows>(domain, "combine_rows");
+    def_fast<&await_counts>(domain, "await_counts");
+    def_fast<&error>(domain, "error");
     domain.def(py::init<const std::vector<uintptr_t>&, int, double>())
         .def("refuse",
              [](PeerDomain& self, Address stream) { launch_dispatch_refuse(self.domain(), pointer(stream)); })
@@ -255,8 +288,6 @@ void bind_domain(py::module_& m) {
                                     scale_format);
             },
             py::keep_alive<0, 1>())
-        .def("await_counts", &await_counts)
-        .def("error", &error)
         .def("take_overflow", &take_overflow)
         .def("take_refused", &take_refused)
         .def_property("warn_after_s", &PeerDomain::warn_after, &PeerDomain::set_warn_after)
@@ -283,6 +314,9 @@ void bind_peer_kernels(py::module_& m) {
         .def("begin", [](StreamOrder& self, Address stream) { return self.begin(pointer(stream)); })
         .def("end", [](StreamOrder& self, Address stream) { self.end(pointer(stream)); })
         .def("close", &StreamOrder::close);
+    py::class_<LayoutQueue>(m, "LayoutQueue")
+        .def(py::init<PeerDomain&, StreamOrder&>(), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+        .def_property_readonly("entry", &LayoutQueue::entry);
     py::class_<PushCopies>(m, "PushCopies")
         .def(py::init([](PeerDomain& domain) { return std::make_unique<PushCopies>(domain.domain()); }))
         .def_static("available", &PushCopies::available)

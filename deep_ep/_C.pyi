@@ -196,18 +196,6 @@ class PushCopies:
 
 class PeerDomain:
     def __init__(self, bases: list[int], rank: int, timeout_s: float) -> None: ...
-    def dispatch_layout(
-        self,
-        topk_idx: int,
-        is_int64: bool,
-        num_tokens: int,
-        num_topk: int,
-        num_experts: int,
-        per_rank: int,
-        per_expert: int,
-        in_rank: int,
-        stream: int,
-    ) -> None: ...
     def combine_rows(
         self,
         signature: int,
@@ -426,6 +414,36 @@ class DispatchInputs:
     def read_again(
         self, x: object, scales: object, handle: object, /
     ) -> tuple[tuple[int, int, int, tuple[int, ...], int, int], int, int] | None: ...
+
+class LayoutQueue:
+    entry: int
+    def __init__(self, domain: PeerDomain, order: StreamOrder) -> None: ...
+
+# queue: whose entry is the address of a LayoutEntry (csrc/bindings_layout.h). make_slab: a number of bytes -> their
+# address, an int32 and a bool tensor that cover them. view: tensor, sizes, strides, offset in elements -> tensor.
+class LayoutCalls:
+    def __init__(
+        self,
+        tensor_type: type,
+        device_index: int,
+        queue: object,
+        num_ranks: int,
+        max_experts: int,
+        make_slab: Callable[[int], tuple[int, Tensor, Tensor]],
+        view: Callable[..., Tensor],
+    ) -> None: ...
+    # num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank. None where something is not as the kernel needs it,
+    # or after a failure: then nothing has been done.
+    def try_run(
+        self, topk_idx: object, num_experts: object, stream: int, /
+    ) -> tuple[Tensor, Tensor, Tensor] | None: ...
+    # None after a failure
+    def run(
+        self, topk_idx: int, is_int64: bool, num_tokens: int, num_topk: int, num_experts: int, stream: int, /
+    ) -> tuple[Tensor, Tensor, Tensor] | None: ...
+    # Makes the tensors of a next call on this stream, the current one, ahead of it, once two calls were alike.
+    def prepare(self, stream: int, /) -> None: ...
+    def clear(self) -> None: ...
 
 class CombineInputs:
     def __init__(self, tensor_type: type, device_index: int, num_ranks: int) -> None: ...

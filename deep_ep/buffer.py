@@ -328,6 +328,10 @@ class Buffer(LowLatencyMixin):
             ConfigError: wrong dtype or shape, or an index outside [-1, E).
         """
         runtime = self._engine("get_dispatch_layout")
+        if previous_event is None and not async_finish:
+            quick = runtime.try_layout(topk_idx, num_experts)
+            if quick is not None:
+                return quick[0], None, quick[1], quick[2], EventOverlap()
         with runtime.lock:
             wait_previous(previous_event)
             topk_idx = checks.check_topk_idx(topk_idx, "get_dispatch_layout")

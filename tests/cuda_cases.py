@@ -14,7 +14,7 @@ from harness import RankContext, environ, expect_bits
 
 from deep_ep import Buffer, Config
 from deep_ep.engines.cuda import CudaKernels
-from deep_ep.engines.low_latency_plans import maker_of
+from deep_ep.engines.low_latency_plans import maker_of, view_maker
 from deep_ep.engines.outputs import RowPlan
 from deep_ep.errors import DeepEPError
 from deep_ep.traffic import TrafficStats
@@ -151,6 +151,7 @@ def make_bare_kernels() -> CudaKernels:
     kernels._sources = SimpleNamespace(take=lambda *_: (kernels.memory.block, 256))
     kernels.rank, kernels.num_ranks, kernels.timeout_s = 0, 4, 2.0
     kernels.device, kernels._plans, kernels.launches = torch.device("cuda", 0), {}, {}
+    kernels._last_handle, kernels._next_handle, kernels._view = None, None, view_maker()
     kernels._alike, kernels._last_rows, kernels._new = {}, 0, maker_of(torch.device("cpu"))
     kernels._stream, kernels._capturing, kernels._launched, kernels._failure = 0, False, False, None
     kernels._missing, kernels._push, kernels._push_number, kernels._num_sms = 0, None, 0, 132

@@ -65,6 +65,34 @@ class MemoryOnCpu:
         return {}
 
 
+BEGIN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool)
+
+
+class LayoutEntry(ctypes.Structure):
+    """That of csrc/bindings_layout.h, whose functions are Python's."""
+
+    _fields_ = (("owner", ctypes.c_void_p), ("begin", BEGIN), ("launch", LAUNCH))
+
+
+class FakeLayoutQueue:
+    """Stands in for `_C.LayoutQueue`. `state`: what `begin` says; `launches`: stream, and whether it is captured."""
+
+    def __init__(self, domain: "KernelsOnCpu") -> None:
+        self.domain, self.state = domain, 0
+        self.launches: list[tuple[int, bool]] = []
+        self.functions = LayoutEntry(None, BEGIN(lambda _, stream: self.state), LAUNCH(self.launch))
+
+    @property
+    def entry(self) -> int:
+        return ctypes.addressof(self.functions)
+
+    def launch(self, _: None, arguments: int, stream: int | None, captured: bool) -> None:
+        topk_idx, is_int64, *rest = (ctypes.c_int64 * 8).from_address(arguments)
+        self.launches.append((stream or 0, captured))
+        self.domain.dispatch_layout(topk_idx, bool(is_int64), *rest)
+
+
 class KernelsOnCpu:
     """Stands in for `_C.PeerDomain` and the plans that it makes."""
 
@@ -73,7 +101,7 @@ class KernelsOnCpu:
         self.calls: list[str] = []
         self.sent: tuple = ()
 
-    def dispatch_layout(self, topk_idx, is_int64, num_tokens, num_topk, num_experts, per_rank, per_expert, in_rank, _):
+    def dispatch_layout(self, topk_idx, is_int64, num_tokens, num_topk, num_experts, per_rank, per_expert, in_rank):
         idx = at(topk_idx, torch.int64 if is_int64 else torch.int32, num_tokens, num_topk)
         layout = compute_dispatch_layout(idx, num_experts, 1, 1)
         at(per_rank, torch.int32, 1).copy_(layout.num_tokens_per_rank)
@@ -128,11 +156,14 @@ class KernelsOnCpu:
 
 
 @pytest.fixture
-def kernels():
+def kernels(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     kernels = make_bare_kernels()
     kernels.rank, kernels.num_ranks, kernels.device = 0, 1, CPU
     kernels.memory, kernels._domain = MemoryOnCpu(), KernelsOnCpu()
-    kernels._int32, kernels._bool = template(torch.int32, CPU), template(torch.bool, CPU)
+    kernels._int32, kernels._index = template(torch.int32, CPU), None
+    kernels.layout_queue = FakeLayoutQueue(kernels._domain)
+    kernels._layouts = kernels._layout_calls(kernels.layout_queue)
     kernels._small, kernels._sources = Arena.ordinary(CPU), Arena.symmetric(kernels.memory)
     kernels._guess, kernels._staging_refused, kernels._is_full = 0, 0, False
 
@@ -285,9 +316,9 @@ def test_rows_come_through_staging_when_the_pool_is_full(kernels):
 
 
 def test_a_wait_that_fails_raises(kernels):
-    kernels._domain.error = lambda: (1, 1, 1, 3, 7, 6)
+    kernels._error = lambda: (1, 1, 1, 3, 7, 6)
     request = make_request(8, False, torch.int64)
     layout = kernels.layout(request.topk_idx, NUM_EXPERTS)
-    kernels._domain.await_counts = lambda num_experts: False
+    kernels._await_counts = lambda num_experts: False
     with pytest.raises(CommTimeout, match="rank 3"):
         kernels.dispatch(request, layout[1], NUM_SMS)

@@ -167,7 +167,7 @@ def buffer(kernels, monkeypatch):
     engine.__dict__.update(buffer.runtime.__dict__)
     engine.memory, engine.kernels, engine.ranks_per_gpu = kernels.memory, kernels, 1
     engine._prefix_shape, engine.low_latency = (1, 1), SimpleNamespace(close=lambda: None)
-    kernels.traffic, kernels._index = engine.traffic, None
+    kernels.traffic = engine.traffic
     kernels.open_events = []
     kernels._order = SimpleNamespace(
         begin=lambda stream: kernels.open_events.append("begin") or False,
@@ -182,7 +182,6 @@ def buffer(kernels, monkeypatch):
     kernels.serves = lambda rows, use_fp8=False: isinstance(rows, torch.Tensor)
     kernels.serves_layout = lambda *_: True
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
 
     def combine_rows(signature, rows, weights, number, inbox, prefix, num_tokens, heads, hidden, kind, biases, *rest):
         out, num_topk, out_weights, _, _ = rest
@@ -333,7 +332,7 @@ def test_a_thread_on_another_device_takes_the_long_way(buffer, monkeypatch):
 def test_a_failed_buffer_says_so_at_once(buffer, kernels):
     x, idx, weights = make_call()
     handle = call_dispatch(buffer, x, idx, weights)[4]
-    kernels._domain.error = lambda: (1, 1, 1, 3, 7, 6)
+    kernels._error = lambda: (1, 1, 1, 3, 7, 6)
     kernels.open_events.clear()
     with pytest.raises(deep_ep.CommTimeout, match="rank 3"):
         buffer.combine(torch.zeros(handle[3].shape[0], H).bfloat16(), handle)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,8 +25,8 @@ from .arena import Arena
 from .combine_inputs import COUNTS, CombineInputs, counts_of
 from .dispatch_outputs import DispatchOutputs
 from .failures import failure, never_ran, overflowed, refusal
-from .low_latency_plans import maker_of
-from .outputs import Landing, RowPlan, aligned, template
+from .low_latency_plans import maker_of, view_maker
+from .outputs import Landing, RowPlan, template
 from .peer_memory import PeerMemory
 from .portable import DispatchRequest, DispatchResult
 from .watch import open_domain
@@ -70,9 +70,11 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         self._plans, self._alike = {}, {}
         self._combines, self._new = RowPlan((), "combine"), maker_of(self.device)
         self.read_combine = _C.CombineInputs(torch.Tensor, self._index, self.num_ranks).read
-        self._int32, self._bool = template(torch.int32, self.device), template(torch.bool, self.device)
+        self._int32 = template(torch.int32, self.device)
+        self._layouts = self._layout_calls(_C.LayoutQueue(self._domain, self._order))
         self._small, self._sources = Arena.ordinary(self.device), Arena.symmetric(memory)
         self._guess, self._last_rows = 0, 0
+        self._last_handle, self._next_handle, self._view = None, None, view_maker()
         self._staging_refused = 0
         self._missing, self._is_full = 0, False
         self._failure: DeepEPError | None = None
@@ -142,39 +144,56 @@ class CudaKernels(DispatchOutputs, CombineInputs):
 
     # Operations.
 
-    @functools.cached_property
-    def _launch_layout(self) -> Callable[..., None]:
-        return self._domain.dispatch_layout  # looked up once: each time makes an object
+    # Methods that are looked up once: each time makes an object.
 
     @functools.cached_property
     def _launch_combine(self) -> Callable[..., None]:
         return self._domain.combine_rows
 
+    @functools.cached_property
+    def _await_counts(self) -> Callable[[int], tuple[int, bool, list[int], list[list[int]], int, int] | bool]:
+        return self._domain.await_counts
+
+    @functools.cached_property
+    def _error(self) -> Callable[[], tuple[int, int, int, int, int, int] | None]:
+        return self._domain.error
+
+    @functools.cached_property
+    def _try_layout(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
+        return self._layouts.try_run
+
+    def _layout_calls(self, queue: Any) -> _C.LayoutCalls:
+        new, index = maker_of(self.device), -1 if self.device.index is None else self.device.index
+
+        def make_slab(num_bytes: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+            slab = new((num_bytes // 4,), (1,), torch.int32)
+            return slab.data_ptr(), slab, slab.view(torch.bool)
+
+        limit = _MAX_TOPK_LAYOUT_EXPERTS
+        return _C.LayoutCalls(torch.Tensor, index, queue, self.num_ranks, limit, make_slab, view_maker())
+
+    def try_layout(self, topk_idx: Any, num_experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """`layout` of arguments as they came; None if they are unusual or kernels have reported a failure."""
+        if self._failure is not None:
+            return None
+        if torch.is_inference_mode_enabled():  # whose tensors are of less use outside
+            with torch.inference_mode(False):
+                return self.try_layout(topk_idx, num_experts)
+        made = self._try_layout(topk_idx, num_experts, torch._C._cuda_getCurrentRawStream(self._index))
+        if made is not None:
+            self._count("dispatch_layout")
+        return made
+
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """int32 [R], int32 [E], bool [T, R]: tokens per rank and per expert, and where each goes."""
+        is_int64, stream = topk_idx.dtype is torch.int64, torch._C._cuda_getCurrentRawStream(self._index)
         num_tokens, num_topk = topk_idx.shape
-        num_ranks = self.num_ranks
-        flags_at = aligned(4 * (num_ranks + num_experts))
-        storage, start = self._bytes(flags_at + num_tokens * num_ranks)
-        base = storage.data_ptr() + start
+        with torch.inference_mode(False):
+            made = self._layouts.run(topk_idx.data_ptr(), is_int64, num_tokens, num_topk, num_experts, stream)
+        if made is None:
+            self.raise_failure("get_dispatch_layout")
         self._count("dispatch_layout")
-        self._launch_layout(
-            topk_idx.data_ptr(),
-            topk_idx.dtype is torch.int64,
-            num_tokens,
-            num_topk,
-            num_experts,
-            base,
-            base + 4 * num_ranks,
-            base + flags_at,
-            self._stream,
-        )
-        int32, first = self._int32, start // 4
-        return (
-            int32.data.set_(storage, first, (num_ranks,), _UNIT),
-            int32.data.set_(storage, first + num_ranks, (num_experts,), _UNIT),
-            self._bool.data.set_(storage, start + flags_at, (num_tokens, num_ranks), (num_ranks, 1)),
-        )
+        return made
 
     def dispatch(self, request: DispatchRequest, per_expert: torch.Tensor, num_sms: int) -> DispatchResult:
         """Route anew: exchange counts, write the handle, place the rows."""
@@ -206,7 +225,6 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         Args:
             layout: num_tokens_per_expert and is_token_in_rank, from which the tokens of each rank are counted.
         """
-        num_tokens, num_ranks = sent[0], self.num_ranks
         self._check_limits(num_experts, num_channels)
         if not num_worst_tokens and self._capturing:
             raise ConfigError(
@@ -227,12 +245,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
             landing = Landing(0, (0, 0, 0, 0, 0, 0), [])
         if num_worst_tokens:
             self._mark_unused(plan, landing, sms)
-        # The handle's own tensors: prefix matrix [R, R], two channel matrices [R, C], heads [T, R].
-        matrix, channels = num_ranks * num_ranks, num_ranks * num_channels
-        sent_at, received_at, heads_at = matrix, matrix + channels, matrix + 2 * channels
-        storage, start = self._bytes(4 * (heads_at + num_tokens * num_ranks))
-        base = storage.data_ptr() + start
-        send_head = base + 4 * heads_at
+        memory = self._take_handle(sent[0], num_channels)
         signature = plan.signature("worst-case dispatch" if num_worst_tokens else "dispatch", num_experts, num_channels)
         self._launched = True
         plan.route(
@@ -242,7 +255,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
             num_experts,
             num_channels,
             layout,
-            (base, base + 4 * sent_at, base + 4 * received_at, send_head),
+            memory.addresses,
             sent,
             sms,
             self._stream,
@@ -250,28 +263,26 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         # Whatever needs no counts is done while the device counts.
         self._count("dispatch_notify")
         self._count(plan.kernel)
-        int32, first, by_rank, by_channel = self._int32, start // 4, (num_ranks, 1), (num_channels, 1)
-        prefix = int32.data.set_(storage, first, (num_ranks, num_ranks), by_rank)
-        sent_matrix = int32.data.set_(storage, first + sent_at, (num_ranks, num_channels), by_channel)
-        received_matrix = int32.data.set_(storage, first + received_at, (num_ranks, num_channels), by_channel)
-        head = int32.data.set_(storage, first + heads_at, (num_tokens, num_ranks), by_rank)
         # As many rows as last time: often that is right, and no tensor needs to be changed later.
         expected = num_worst_tokens or min(self._last_rows, landing.capacity)
         tensors = self._tensors(plan, landing, expected)
-        counts: list[int] = []
+        result = None if tensors is None else self._result(plan, tensors, memory, in_rank)
         num_rows = num_worst_tokens
+        counts: list[int] = []
         if not num_worst_tokens:
-            told = self._domain.await_counts(num_experts)
+            self._prepare(memory.key)
+            told = self._await_counts(num_experts)
             if isinstance(told, bool):
                 self._raise_no_counts(refused=told)
             num_rows, fits, counts, sent_counts, most, away = told
-            setattr(prefix, COUNTS, sent_counts)
+            setattr(memory.tensors[0], COUNTS, sent_counts)
             if not fits:
                 # Some rank guessed too little: all ranks know, make room together, and place the rows once more.
                 landing = self._land_together(plan, num_rows, most)
                 signature = plan.signature("dispatch again", num_experts, num_channels)
-                self._repeat(plan, num_experts, send_head, sent, landing, signature, sms)
+                self._repeat(plan, num_experts, memory.addresses[3], sent, landing, signature, sms)
                 tensors, expected = self._tensors(plan, landing, num_rows), num_rows
+                result = None if tensors is None else self._result(plan, tensors, memory, in_rank)
             # A little more than the last size, so that a size that varies does not place twice each time; and a round
             # number, so that the places in a block seldom change.
             self._last_rows = num_rows
@@ -281,15 +292,15 @@ class CudaKernels(DispatchOutputs, CombineInputs):
             wanted = max(most, away) * (2 * plan.hidden + 256)
             if wanted > self.memory.staging_bytes and wanted > self._staging_refused:
                 self._reserve_staging(wanted)
-        if tensors is None:
-            tensors, expected = self._unstage(plan, landing, num_rows, sms, with_src_idx=True), num_rows
-        src_idx = tensors.pop()
-        if expected != num_rows:
-            plan.cut(tensors, num_rows)
-            src_idx.resize_(num_rows)
+        if result is None or tensors is None:
+            tensors = self._unstage(plan, landing, num_rows, sms, with_src_idx=True)
+            result = self._result(plan, tensors, memory, in_rank)
+        elif expected != num_rows:
+            plan.cut(tensors[:-1], num_rows)
+            tensors[-1].resize_(num_rows)
+        result.num_recv_tokens_per_expert = counts
         self.traffic.add_dispatch(num_rows, plan.payload_bytes, plan.dtype_name)
-        handle = (prefix, sent_matrix, received_matrix, src_idx, in_rank, head)
-        return DispatchResult(tensors[0], *plan.named(tensors), counts, handle)
+        return result
 
     def dispatch_cached(self, request: DispatchRequest, handle: Handle, num_sms: int) -> DispatchResult:
         """Repeat the routing of a handle."""
@@ -417,7 +428,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         Raises:
             CommTimeout, ConfigError, PeerError: see `raise_failure`.
         """
-        if self._failure is not None or self._domain.error() is not None:
+        if self._failure is not None or self._error() is not None:
             self.raise_failure("check")
 
     def check_results(self) -> None:
@@ -444,7 +455,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
     def raise_failure(self, operation: str) -> NoReturn:
         """Raise the first failure that a kernel reported; the buffer is unusable until `recover`."""
         if self._failure is None:
-            record = self._domain.error()
+            record = self._error()
             if record is not None:
                 self._failure = failure(record, self.rank, self.timeout_s)
             else:
@@ -481,7 +492,9 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         if self._push is not None:
             self._push.release()
             self._push.close()
+        self._next_handle = self._flat = None
         self._small.clear()
+        self._layouts.clear()
         self._sources.clear()
         self._order.close()
         self._domain.close()

@@ -174,12 +174,15 @@ class CudaEngine(PortableEngine):
             with torch.cuda.device(kernels.device):
                 return self.layout(topk_idx, num_experts)
         kernels.check()
-        kernels.begin()
-        try:
-            per_rank, per_expert, in_rank = kernels.layout(topk_idx, num_experts)
-        finally:
-            kernels.end()
+        per_rank, per_expert, in_rank = kernels.layout(topk_idx, num_experts)
         return DispatchLayout(per_rank, None, per_expert, in_rank)
+
+    def try_layout(self, topk_idx: Any, num_experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        kernels = self.kernels
+        with self.lock:
+            if torch._C._cuda_getDevice() != kernels.device.index:  # the current device is that of the thread
+                return None
+            return kernels.try_layout(topk_idx, num_experts)
 
     def try_dispatch(
         self,

@@ -6,7 +6,8 @@ SMs of the call moves them. Only an uncached dispatch can make the pool grow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,7 +15,8 @@ from .. import fp8
 from .._native import _C, ELEMENT_TYPES
 from ..errors import PoolExhausted
 from .kernel_state import KernelState
-from .outputs import SRC_IDX, Field, Landing, RowPlan, aligned
+from .outputs import SRC_IDX, Field, HandleMemory, Landing, RowPlan, aligned
+from .portable import DispatchResult
 
 _UNIT = (1,)
 #: What DLPack calls elements; only those that no other type of torch shares its name with.
@@ -37,6 +39,11 @@ class DispatchOutputs(KernelState):
     #: Plans that `RowPlan.read` serves, by scale format, and whether scales and top-k are given.
     _alike: dict[tuple[fp8.ScaleFormat | None, bool, bool], list[RowPlan]]
     _staging_refused: int
+    _last_handle: tuple[int, int, int] | None  # see `HandleMemory.key`
+    _next_handle: HandleMemory | None  # made ahead
+    _flat: tuple[torch.UntypedStorage, torch.Tensor] | None = None  # all of the last handle's storage, as int32
+    _view: Callable[..., torch.Tensor]  # see `view_maker`
+    _layouts: _C.LayoutCalls
 
     def _plan(
         self,
@@ -187,6 +194,73 @@ class DispatchOutputs(KernelState):
         if part is None:  # torch raises when there is none
             raise PoolExhausted(f"no memory for {num_bytes} bytes of a handle")
         return part
+
+    def _take_handle(self, num_tokens: int, num_channels: int) -> HandleMemory:
+        """Memory for a new handle."""
+        key, made = (num_tokens, num_channels, self._stream), self._next_handle
+        if made is None or made.key != key or self._capturing:
+            return self._make_handle(key)
+        self._next_handle = None
+        return made
+
+    @functools.cached_property
+    def _prepare_layout(self) -> Callable[[int], None]:
+        return self._layouts.prepare  # looked up once: each time makes an object
+
+    def _prepare(self, key: tuple[int, int, int]) -> None:
+        """Make what the next layout and dispatch need, if they are like the last two; while the device counts.
+
+        Args:
+            key: see `HandleMemory`.
+        """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._prepare(key)
+        try:
+            self._prepare_layout(self._stream)
+            if self._last_handle == key and (self._next_handle is None or self._next_handle.key != key):
+                self._next_handle = self._make_handle(key)
+        except RuntimeError:  # out of memory: the call that needs it says so, for this one is under way
+            pass
+        self._last_handle = key
+        return None
+
+    def _make_handle(self, key: tuple[int, int, int]) -> HandleMemory:
+        if torch.is_inference_mode_enabled():  # whose tensors are of less use outside
+            with torch.inference_mode(False):
+                return self._make_handle(key)
+        num_tokens, num_channels, _ = key
+        num_ranks = self.num_ranks
+        # Prefix matrix [R, R], two channel matrices [R, C], heads [T, R].
+        matrix, channels = num_ranks * num_ranks, num_ranks * num_channels
+        sent_at, received_at, heads_at = matrix, matrix + channels, matrix + 2 * channels
+        storage, start = self._bytes(4 * (heads_at + num_tokens * num_ranks))
+        base = storage.data_ptr() + start
+        if self._flat is None or self._flat[0] is not storage:
+            self._flat = (storage, self._int32.data.set_(storage, 0, (storage.nbytes() // 4,), _UNIT))
+        flat, view, first = self._flat[1], self._view, start // 4
+        if self._capturing:
+            self._flat = None  # the storage belongs to the graph
+        by_rank, by_channel = (num_ranks, 1), (num_channels, 1)
+        return HandleMemory(
+            key,
+            (base, base + 4 * sent_at, base + 4 * received_at, base + 4 * heads_at),
+            (
+                view(flat, (num_ranks, num_ranks), by_rank, first),
+                view(flat, (num_ranks, num_channels), by_channel, first + sent_at),
+                view(flat, (num_ranks, num_channels), by_channel, first + received_at),
+                view(flat, (num_tokens, num_ranks), by_rank, first + heads_at),
+            ),
+        )
+
+    @staticmethod
+    def _result(
+        plan: RowPlan, tensors: list[torch.Tensor], memory: HandleMemory, in_rank: torch.Tensor
+    ) -> DispatchResult:
+        """What an uncached dispatch brought, without the counts. The last of the tensors is src_idx."""
+        prefix, sent, received, head = memory.tensors
+        handle = (prefix, sent, received, tensors[-1], in_rank, head)
+        return DispatchResult(tensors[0], *plan.named(tensors), [], handle)
 
     def _tensors(self, plan: RowPlan, landing: Landing, num_rows: int) -> list[torch.Tensor] | None:
         """The tensors of rows of a landing in the pool, in the plan's order, and src_idx behind them if it has one.

@@ -161,6 +161,21 @@ class RowPlan:
         )
 
 
+@dataclass(slots=True, eq=False)
+class HandleMemory:
+    """The tensors of a handle that are this rank's own, with any contents.
+
+    Attributes:
+        key: number of tokens, number of channels, and the handle of the stream.
+        addresses: of rank_prefix_matrix, channel_prefix_matrix, recv_channel_prefix_matrix and send_head.
+        tensors: these.
+    """
+
+    key: tuple[int, int, int]
+    addresses: tuple[int, int, int, int]
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 @dataclass(slots=True)
 class Landing:
     """Memory announced to the peers for one operation.

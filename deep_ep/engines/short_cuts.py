@@ -24,6 +24,10 @@ class ShortCuts:
     nothing has happened, and the call takes the long way, on which each argument is checked.
     """
 
+    def try_layout(self, topk_idx: Any, num_experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """num_tokens_per_rank, num_tokens_per_expert and is_token_in_rank."""
+        return None
+
     def try_dispatch(
         self,
         x: Any,
