@@ -337,13 +337,9 @@ class Buffer(LowLatencyMixin):
             topk_idx = checks.check_topk_idx(topk_idx, "get_dispatch_layout")
             num_experts = checks.check_num_experts(num_experts, "get_dispatch_layout")
             layout = runtime.layout(topk_idx, num_experts)
-        return (
-            layout.num_tokens_per_rank,
-            layout.num_tokens_per_rdma_rank,
-            layout.num_tokens_per_expert,
-            layout.is_token_in_rank,
-            EventOverlap(EventHandle() if async_finish else None),
-        )
+        event = EventOverlap(EventHandle() if async_finish else None)
+        per_rank, per_node = layout.num_tokens_per_rank, layout.num_tokens_per_rdma_rank
+        return per_rank, per_node, layout.num_tokens_per_expert, layout.is_token_in_rank, event
 
     def dispatch(
         self,

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "layout/fp8_format.h"
+#include "ptx/arithmetic.cuh"
 
 namespace deep_ep {
 
@@ -82,8 +83,7 @@ __device__ __forceinline__ TileScale plain_tile_scale(float amax, bool pow2) {
     amax = fmaxf(amax, kAmaxFloor);
     const float guess = __fmul_rn(amax, kOneOver);
     const float scale = __fmaf_rn(kOneOver, __fmaf_rn(-kE4m3Max, guess, amax), guess);
-    float one_over;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(one_over) : "f"(amax));
+    float one_over = ptx::rcp_approx(amax);
     one_over = __fmaf_rn(one_over, __fmaf_rn(-amax, one_over, 1.0f), one_over);
     const float inverse = __fmul_rn(kE4m3Max, one_over);
     if (!pow2) return {scale, __fmaf_rn(one_over, __fmaf_rn(-amax, inverse, kE4m3Max), inverse)};
