@@ -12,31 +12,39 @@ namespace {
 
 using namespace ll_combine;
 
-// Waits for leave to write. By all threads of a block; epoch: what the first one knows, in a part that begins.
-__device__ __forceinline__ void begin_block(const LowLatencyCombineArgs& args, uint64_t epoch, Run& op,
-                                            Peers& peers) {
+// Waits for leave to write, and in block 0 of a home tells each rank how many tokens it has. By the first warp of every block,
+// whose first thread knows the epoch; the others know after a block barrier. early, and the result: as in dispatch.
+__device__ __forceinline__ bool begin_block(const LowLatencyCombineArgs& args, const CombinePlan& plan,
+                                            const Run& op, uint64_t epoch, bool early, Peers& peers) {
     const LowLatencyDomain& ll = args.ll;
-    if (threadIdx.x < 32) {
-        const int peer = static_cast<int>(threadIdx.x);
-        const bool is_peer = peer < ll.domain.num_ranks;
-        sync::Room room{};
-        if (is_peer) room = sync::peek_room(ll, kKind, peer);
-        if (peer == 0 && !op.begins) epoch = *args.ticket;
-        epoch = __shfl_sync(kAllLanes, epoch, 0);
-        if (is_peer) {
-            peers.came[peer] = sync::await_room(ll, kKind, epoch, peer, room);
-            peers.waited_ns[peer] = 0;
+    const int peer = static_cast<int>(threadIdx.x);
+    epoch = __shfl_sync(kAllLanes, epoch, 0);
+    sync::Room room{};
+    if (!sync::peek_rooms(ll, kKind, epoch, early, room) && early) return false;
+    if (peer < ll.domain.num_ranks) {
+        const sync::Came came = sync::await_room(ll, kKind, epoch, peer, room);
+        if (op.begins && blockIdx.x == 0 && peer != ll.domain.rank && came == sync::Came::kHere) {
+            sync::publish_header(ll, kKind, peer, epoch,
+                                 {signature_tag(args.signature), args.num_tokens,
+                                  plan.in_lines ? 0 : plan.cut.count, plan.cut.bytes / kStepBytes});
         }
-        if (peer == 0) peers.epoch = epoch;
+        peers.came[peer] = came;
+        peers.waited_ns[peer] = 0;
     }
+    if (peer == 0) peers.epoch = epoch;
+    return true;
+}
+
+// By all threads of a block, once its first warp has begun.
+__device__ __forceinline__ void take_epoch(Run& op, const Peers& peers) {
     __syncthreads();
     op.epoch = peers.epoch;
     op.set = static_cast<int>(op.epoch % kNumSets);
 }
 
-// By one block of a home, which begins here: tells each rank which of its experts a token selected, and the weights.
-__device__ void send_selections(const LowLatencyCombineArgs& args, const CombinePlan& plan, uint64_t epoch,
-                                Run& op, Peers& peers) {
+// By one block of a home: tells each rank which of its experts a token selected, and the weights.
+__device__ void send_selections(const LowLatencyCombineArgs& args, const CombinePlan& plan, Run& op,
+                                const Peers& peers) {
     const LowLatencyDomain& ll = args.ll;
     const int num_ranks = ll.domain.num_ranks, rank = ll.domain.rank;
     const int count = args.num_tokens * args.num_topk, stride = static_cast<int>(blockDim.x);
@@ -44,12 +52,7 @@ __device__ void send_selections(const LowLatencyCombineArgs& args, const Combine
     // Loaded one ahead, and the first before anything is waited for.
     int64_t next_expert = i < count ? selection(args, i) : -1;
     float next_weight = i < count && !op.knows_weights ? args.topk_weights[i] : 0.0f;
-    begin_block(args, epoch, op, peers);
-    if (const int peer = i; peer < num_ranks && peer != rank && peers.came[peer] == sync::Came::kHere) {
-        sync::publish_header(ll, kKind, peer, op.epoch,
-                             {signature_tag(args.signature), args.num_tokens,
-                              plan.in_lines ? 0 : plan.cut.count, plan.cut.bytes / kStepBytes});
-    }
+    take_epoch(op, peers);
     if (op.knows_weights) return;
 #pragma unroll 1
     for (; i < count; i += stride) {
@@ -85,12 +88,11 @@ __device__ void meet_peers(const LowLatencyCombineArgs& args, const CombinePlan&
     const int peer = static_cast<int>(threadIdx.x), rank = ll.domain.rank;
     if (peer < ll.domain.num_ranks) {
         sync::Came came = peers.came[peer];
-        int num_placed = args.positions != nullptr ? args.num_max_tokens : 0;
-        if (args.source_tokens != nullptr) num_placed = min(num_placed, args.source_tokens[peer]);
-        peers.num_placed[peer] = num_placed;
-        peers.num_tokens[peer] = op.sends_early ? peers.num_placed[peer] : 0;
-        peers.cut[peer] = plan.cut;
-        peers.in_lines[peer] = op.sends_early && plan.in_lines;
+        // On its way while headers are waited for.
+        const int noted = args.source_tokens != nullptr ? args.source_tokens[peer] : args.num_max_tokens;
+        bool in_lines = op.sends_early && plan.in_lines;
+        RowPieces cut = plan.cut;
+        int num_tokens = 0;
         if (op.ends && !op.sends_early && peer != rank && came != sync::Came::kFailed) {
             LowLatencyHeader header{};
             if (came == sync::Came::kHere) {
@@ -102,19 +104,25 @@ __device__ void meet_peers(const LowLatencyCombineArgs& args, const CombinePlan&
                 if (came != sync::Came::kHere) header = sync::read_header(ll, kKind, peer, op.epoch);
                 came = sync::Came::kHere;
                 // Within bounds whatever it says, as after a bug that a test planted.
-                const bool in_lines = header.num_pieces == 0;
-                peers.in_lines[peer] = in_lines;
-                peers.num_tokens[peer] = min(
+                in_lines = header.num_pieces == 0;
+                num_tokens = min(
                     max(header.num_tokens, 0),
                     in_lines ? min(ll.layout.combine_line_tokens, args.num_max_tokens) : args.num_max_tokens);
-                peers.cut[peer] = in_lines ? by_steps(args.hidden)
-                                           : RowPieces{min(header.num_pieces, kMaxRowPieces),
-                                                       max(header.piece_steps, 1) * kStepBytes};
+                cut = in_lines ? by_steps(args.hidden)
+                               : RowPieces{min(header.num_pieces, kMaxRowPieces),
+                                           max(header.piece_steps, 1) * kStepBytes};
             } else if (came == sync::Came::kHere) {
                 came = sync::Came::kMasked;
             }
         }
-        peers.by_pieces[peer] = SmallDivider::of(peers.cut[peer].count);
+        const int num_placed = args.positions != nullptr ? min(noted, args.num_max_tokens) : 0;
+        peers.num_placed[peer] = num_placed;
+        peers.num_tokens[peer] = op.sends_early ? num_placed : num_tokens;
+        peers.in_lines[peer] = in_lines;
+        peers.cut[peer] = cut;
+        // Mostly as this rank cuts: a division takes longer than all the rest.
+        const bool is_alike = cut.count == plan.by_pieces.divisor;
+        peers.by_pieces[peer] = is_alike ? plan.by_pieces : SmallDivider::of(cut.count);
         peers.came[peer] = came;
     }
     __syncthreads();
@@ -151,9 +159,16 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     op.begins = plan.part != LowLatencyPart::kReceive;
     uint64_t epoch = 0;
     if (op.begins && threadIdx.x == 0) epoch = sync::begin_operation(ll, kKind);
-    ptx::wait_for_earlier_kernels();
+    // Before the kernels ahead have ended, or after that.
+    bool has_begun = threadIdx.x >= 32;
+#pragma unroll 1
+    for (int attempt = op.begins && ll.mask_after_ns == 0 ? 0 : 1; attempt < 2; ++attempt) {
+        if (attempt == 1) ptx::wait_for_earlier_kernels();
+        if (!op.begins && threadIdx.x == 0) epoch = *args.ticket;
+        if (!has_begun) has_begun = begin_block(args, plan, op, epoch, attempt == 0, peers);
+    }
     // The next kernel may begin when all blocks of this one have.
-    if (plan.overlaps && threadIdx.x == 0 && (!op.begins || epoch != 0)) ptx::launch_dependents();
+    if (plan.overlaps && threadIdx.x == 0) ptx::launch_dependents();
     const bool has_positions = args.positions != nullptr;
     op.ends = plan.part != LowLatencyPart::kSend;
     op.in_lines = plan.in_lines;
@@ -166,10 +181,10 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     const bool watches = is_leader() && warp == kNumWarps - 1;
     if (watches) sync::tell_consumed(ll, kKind);
     if (op.begins && blockIdx.x == 0) {
-        send_selections(args, plan, epoch, op, peers);
+        send_selections(args, plan, op, peers);
         if (plan.part == LowLatencyPart::kSend && threadIdx.x == 0) *args.ticket = op.epoch;
     } else {
-        begin_block(args, epoch, op, peers);
+        take_epoch(op, peers);
     }
     if (op.ends || op.sends_early) meet_peers(args, plan, op, peers);
     if (watches && op.ends && op.sends_early) watch_peers(args, op, peers);

@@ -15,39 +15,41 @@ using namespace ll_dispatch;
 // announces it waits, and block 0 has started before it.
 template <bool kFp8, bool kBySource>
 __global__ void __launch_bounds__(kNumThreads, 1)
-    low_latency_dispatch(const __grid_constant__ LowLatencyDispatchArgs args, const DispatchPlan plan) {
+    low_latency_dispatch(const __grid_constant__ LowLatencyDispatchArgs args,
+                         const __grid_constant__ DispatchPlan plan) {
     extern __shared__ uint32_t scratch[];
     __shared__ BlockState block;
     const LowLatencyDomain& ll = args.ll;
-    if (threadIdx.x == 0) block.absent = block.in_lines = 0;
     const bool begins = plan.part != LowLatencyPart::kReceive;
+    if (threadIdx.x == 0) block.clear();
     uint64_t epoch = 0;  // known to the first thread
     if (begins && threadIdx.x == 0) epoch = sync::begin_operation(ll, kKind);
-    ptx::wait_for_earlier_kernels();
+    // Before the kernels ahead have ended, or after that.
+    bool has_begun = !begins || threadIdx.x >= 32;
+#pragma unroll 1
+    for (int attempt = ll.mask_after_ns == 0 ? 0 : 1; attempt < 2; ++attempt) {
+        if (attempt == 1) ptx::wait_for_earlier_kernels();
+        if (!has_begun) has_begun = begin_block(args, plan, epoch, attempt == 0, block);
+    }
     // The next kernel may begin when all blocks of this one have.
-    if (plan.overlaps && threadIdx.x == 0 && (!begins || epoch != 0)) ptx::launch_dependents();
-    // By another warp than the one that begins.
-    if (is_leader() && threadIdx.x / 32 == kNumWarps - 1) sync::tell_consumed(ll, kKind);
+    if (plan.overlaps && threadIdx.x == 0) ptx::launch_dependents();
+    if (is_leader() && threadIdx.x / 32 == kHearingWarp) sync::tell_consumed(ll, kKind);
     if (!begins) {
         if (threadIdx.x == 0) block.epoch = *args.ticket;
         __syncthreads();
     } else {
         const bool alone = gridDim.x == 1;
-        if (blockIdx.x == 0) announce<kBySource>(args, plan, epoch, block, scratch);
-        if (blockIdx.x != 0 || alone) {
-            send_rows<kFp8>(args, plan, epoch, block, alone ? 0 : 1, plan.num_senders, !alone);
-        }
+        if (blockIdx.x == 0) announce<kBySource>(args, plan, block, scratch);
+        if (blockIdx.x != 0 || alone)
+            send_rows<kFp8>(args, plan, block, alone ? 0 : 1, plan.num_senders, !alone);
     }
     if (plan.part == LowLatencyPart::kSend) {
         if (blockIdx.x == 0 && threadIdx.x == 0) *args.ticket = block.epoch;
         return;
     }
     // The scratch memory changes hands.
-    __syncthreads();
-    const int num_local = plan.experts.count(ll.domain.rank);
-    if (await_sources<kBySource>(args, block, num_local, plan.by_local, scratch)) {
-        receive_rows<kFp8, kBySource>(args, plan, block, num_local, scratch);
-    }
+    if (blockIdx.x == 0) __syncthreads();
+    receive_rows<kFp8, kBySource>(args, plan, block, scratch);
     if (!is_leader()) return;
     __syncthreads();
     if (threadIdx.x == 0) sync::note_received(ll, kKind, block.epoch);
@@ -115,12 +117,15 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
     // Other ranks may send more tokens than this one does.
     const int64_t likely_tokens = std::max<int64_t>(num_tokens, (args.num_max_tokens + 3) / 4);
     const int64_t likely_items = likely_tokens * num_ranks * (in_lines ? shape.num_steps : pieces.count);
-    const int64_t blocks = (likely_items + kItemsPerBlock - 1) / kItemsPerBlock;
+    const int64_t blocks = (likely_items + kItemsPerBlock - 1) / kItemsPerBlock + 2;
     const int64_t num_blocks = std::clamp<int64_t>(blocks, std::min(num_sms, 2), num_sms);
     // Where rows keep the link busy for long, half of the blocks deal with the own ones meanwhile.
     const bool shares =
         num_tokens > kShortTokens && part == LowLatencyPart::kWhole && num_ranks > 1 && num_blocks > 2;
     const auto num_senders = static_cast<int>(shares ? num_blocks / 2 : std::max<int64_t>(num_blocks - 1, 1));
+    const bool spares = !shares && likely_items <= (num_blocks - 2) * kNumWarps;
+    const int first_receiver = spares ? 1 : 0;
+    const auto num_receivers = static_cast<int>(spares ? num_blocks - 2 : num_blocks);
     // Of the scratch memory one word an expert is for the sums; later it takes the counts of all sources.
     const int64_t most_words = kScratchBytes / 4 / std::max(args.num_experts, 1) - 1;
     const auto chunk_words =
@@ -130,12 +135,13 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
     const int64_t num_words =
         std::max<int64_t>(static_cast<int64_t>(args.num_experts) * (1 + chunk_words), num_ranks * num_local);
     const size_t shared_bytes = args.expert_major ? sizeof(uint32_t) * num_words : 0;
-    launch_early(kernel_of(args.use_fp8, args.expert_major), static_cast<unsigned>(num_blocks), kNumThreads,
-                 shared_bytes, static_cast<cudaStream_t>(stream), name, args,
-                 DispatchPlan{part, may_overlap(args.ll.domain, num_sms), in_lines, pieces, num_senders,
-                              chunk_words, experts, SmallDivider::of(args.num_topk),
-                              SmallDivider::of(in_lines ? shape.num_steps : pieces.count),
-                              SmallDivider::of(std::max(num_local, 1))});
+    launch_early(
+        kernel_of(args.use_fp8, args.expert_major), static_cast<unsigned>(num_blocks), kNumThreads,
+        shared_bytes, static_cast<cudaStream_t>(stream), name, args,
+        DispatchPlan{part, may_overlap(args.ll.domain, num_sms), in_lines, pieces, num_senders,
+                     first_receiver, num_receivers, chunk_words, experts, SmallDivider::of(args.num_topk),
+                     SmallDivider::of(in_lines ? shape.num_steps : pieces.count),
+                     SmallDivider::of(std::max(num_local, 1)), shape});
 }
 
 void launch_low_latency_refuse(const LowLatencyDomain& ll, LowLatencyKind kind, Stream stream) {

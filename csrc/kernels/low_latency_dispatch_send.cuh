@@ -77,12 +77,11 @@ __device__ __forceinline__ int64_t kept_at(const int64_t (&kept)[kKept], int j) 
     return j == 0 ? kept[0] : kept[1];
 }
 
-// By one block: tells each peer how many tokens there are, the counts of its experts, and for each selection the number of
-// the token among those for the same expert. Where rows lie by source nothing has to be counted.
+// By one block: tells each peer the counts of its experts, and for each selection the number of the token among those for the
+// same expert. Where rows lie by source nothing has to be counted.
 template <bool kBySource>
-__device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan& plan, uint64_t epoch,
-                         BlockState& block, uint32_t* scratch) {
-    const LowLatencyDomain& ll = args.ll;
+__device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan& plan,
+                         const BlockState& block, uint32_t* scratch) {
     const int num_experts = args.num_experts, num_topk = args.num_topk,
               thread = static_cast<int>(threadIdx.x);
     const Chunk chunk{num_experts, scratch, scratch + num_experts};
@@ -104,14 +103,8 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
         if (first == 0) {
 #pragma unroll 1
             for (int e = thread; e < num_counted; e += kNumThreads) chunk.before[e] = 0;
-            if (thread < 32) begin_block(ll, epoch, block);
         }
         __syncthreads();
-        if (first == 0 && (thread < ll.domain.num_ranks && (block.room >> thread & 1u) != 0)) {
-            sync::publish_header(ll, kKind, thread, block.epoch,
-                                 {signature_tag(args.signature), args.num_tokens,
-                                  plan.in_lines ? 0 : plan.pieces.count, plan.pieces.bytes / kStepBytes});
-        }
         int bad = -1;
 #pragma unroll 1
         for (int i = thread, j = 0; i < num_selections; i += kNumThreads, ++j) {
@@ -121,7 +114,7 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
             if (expert < 0 && given != -1) bad = i;
         }
         if (bad >= 0) {
-            sync::report_apart(ll.domain, DeviceError::kExpertRange, Operation::kLowLatencyDispatch,
+            sync::report_apart(args.ll.domain, DeviceError::kExpertRange, Operation::kLowLatencyDispatch,
                                Phase::kLayout, plan.by_topk.remainder(bad),
                                first + plan.by_topk.quotient(bad),
                                static_cast<uint64_t>(selection(args, base + bad)));
@@ -143,22 +136,23 @@ __device__ void announce(const LowLatencyDispatchArgs& args, const DispatchPlan&
     }
 }
 
-// The warps of `num_blocks` blocks from `first_block` on share the pieces of the tokens. begins: the block has yet to begin,
-// and does so when each warp has its first piece at hand.
+// The warps of `num_blocks` blocks from `first_block` on share the pieces of the tokens. begins: the block has yet to meet
+// its first warp, and does so when each warp has its first piece on the way.
 template <bool kFp8>
-__device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan& plan, uint64_t epoch,
-                          BlockState& block, int first_block, int num_blocks, bool begins) {
+__device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan& plan,
+                          const BlockState& block, int first_block, int num_blocks, bool begins) {
     const LowLatencyDomain& ll = args.ll;
-    const RowShape shape = RowShape::of(args.hidden, kFp8, args.format);
+    const RowShape& shape = plan.shape;
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-    const int num_pieces = plan.in_lines ? shape.num_steps : plan.pieces.count;
-    const int piece_steps = plan.in_lines ? 1 : plan.pieces.bytes / kStepBytes;
+    // The first warp, which begins, sends last.
+    const int turn = (warp + kNumWarps - 1) % kNumWarps;
+    const int num_pieces = plan.num_pieces(), piece_steps = plan.piece_steps();
     // In one launch the own tokens need not travel: the receiving half takes them from x.
     const unsigned not_own = plan.part == LowLatencyPart::kWhole ? ~(1u << ll.domain.rank) : ~0u;
     const bool travels = ll.domain.num_ranks > 1 || plan.part != LowLatencyPart::kWhole;
     const int index = static_cast<int>(blockIdx.x) - first_block;
     const int num_items = travels && index < num_blocks ? args.num_tokens * num_pieces : 0;
-    int item = index + warp * num_blocks;
+    int item = index + turn * num_blocks;
     int token = 0, piece = 0, step = 0, end = 0;
     unsigned to = 0;
     int64_t given = -1;
@@ -184,24 +178,21 @@ __device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan
     };
     open();
     load();
-    if (begins) {
-        if (warp == 0) begin_block(ll, epoch, block);
-        __syncthreads();
-    }
+    if (begins) __syncthreads();
     close();
-    epoch = block.epoch;
+    const uint64_t epoch = block.epoch;
     const unsigned room = block.room;
     const int set = set_of(epoch);
 #pragma unroll 1
     while (item < num_items) {
         to &= room;
+        const int64_t line_at = ll.layout.dispatch_lines(set, ll.domain.rank, plan.in_lines ? token : 0);
         const RowStep what = encode<kFp8>(source, shape, step, args.format, lane);
 #pragma unroll 1
         for (unsigned left = to; left != 0; left &= left - 1) {
             uint8_t* region = ll.region[__ffs(left) - 1];
             if (plan.in_lines) {
-                uint8_t* row = region + ll.layout.dispatch_lines(set, ll.domain.rank, token);
-                send_step(what, row, step, epoch, lane);
+                send_step(what, region + line_at, step, epoch, lane);
             } else {
                 uint8_t* slot = region + ll.layout.dispatch_slot(set, ll.domain.rank, token);
                 auto* scales = reinterpret_cast<uint32_t*>(slot + shape.num_bytes);

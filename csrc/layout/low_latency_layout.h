@@ -108,6 +108,7 @@ struct LowLatencyLayout {
     int64_t slot_bytes;                             // a row as bf16, or any other form of it with scales
     int64_t line_row_bytes;
     int64_t dispatch_metadata_bytes, combine_metadata_bytes;  // of a (set, rank)
+    int64_t entries_after, weights_after;                     // the header of a dispatch, in bytes
     // First bytes of the parts.
     int64_t dispatch_metadata_at, combine_metadata_at, dispatch_flags_at, combine_flags_at;
     int64_t dispatch_lines_at, combine_lines_at;
@@ -142,8 +143,9 @@ struct LowLatencyLayout {
         layout.combine_line_tokens = line_tokens(kCombineLineTokens);
         layout.line_row_bytes = (2 * hidden + kStepBytes - 1) / kStepBytes * kLineStepBytes;
         const int64_t selections = static_cast<int64_t>(num_max_tokens) * num_topk;
-        layout.dispatch_metadata_bytes =
-            kAlignment + padded(8 * static_cast<int64_t>(num_max_local_experts)) + 2 * padded(8 * selections);
+        layout.entries_after = kAlignment + padded(8 * static_cast<int64_t>(num_max_local_experts));
+        layout.weights_after = layout.entries_after + padded(8 * selections);
+        layout.dispatch_metadata_bytes = layout.weights_after + padded(8 * selections);
         layout.combine_metadata_bytes = kAlignment + padded(kPacketBytes * selections);
         const int64_t dispatch_rows = static_cast<int64_t>(num_ranks) * num_max_tokens;
         const int64_t combine_rows = static_cast<int64_t>(layout.rows_per_token()) * num_max_tokens;
@@ -178,11 +180,11 @@ struct LowLatencyLayout {
     }
     // Tagged words [tokens of the source, K of the call], see pack_entry.
     DEEP_EP_HOST_DEVICE int64_t dispatch_entries(int set, int source) const {
-        return dispatch_counts(set, source) + padded(8 * static_cast<int64_t>(num_max_local_experts));
+        return header(LowLatencyKind::kDispatch, set, source) + entries_after;
     }
     // Tagged words [tokens of the source, K of the call]: weights of the selections that lie with the reader.
     DEEP_EP_HOST_DEVICE int64_t dispatch_weights(int set, int source) const {
-        return dispatch_entries(set, source) + padded(8 * static_cast<int64_t>(num_max_tokens) * num_topk);
+        return header(LowLatencyKind::kDispatch, set, source) + weights_after;
     }
     // Packets [tokens of the home, K of the call]: local expert of the reader, or -1, and the weight.
     DEEP_EP_HOST_DEVICE int64_t combine_selections(int set, int home) const {

@@ -19,6 +19,9 @@
 // low-latency kernel, whatever its kind, when the one before has ended anyway: a rank begins operation e + 1 of a kind only
 // after that start in its own order of calls, which is that of all ranks, so nobody waits for a kernel that never comes.
 //
+// A kernel begins before those ahead of it in the stream have ended: it takes its epoch, looks for leave to write, and sends
+// its headers, which say only what the host knows. So peers have them when they come to wait.
+//
 // A rank that does not come is a failure, or, where ranks may be masked, it is left out: see Came.
 #pragma once
 
@@ -205,6 +208,32 @@ __device__ __forceinline__ Room peek_room(const LowLatencyDomain& ll, LowLatency
     return {{ptx::ld_relaxed_sys(&consumed[0][peer]), ptx::ld_relaxed_sys(&consumed[1][peer])}};
 }
 
+// The epoch whose consumption frees the set of `epoch`.
+__device__ __forceinline__ uint64_t freed_by(uint64_t epoch) {
+    return epoch <= kNumSets ? 0 : epoch - kNumSets;
+}
+
+__device__ __forceinline__ bool has_room(const Room& peeked, uint64_t epoch) {
+    static_assert(kNumSets == 2);
+    return (epoch % 2 == 0 ? peeked.consumed[0] : peeked.consumed[1]) >= freed_by(epoch);
+}
+
+// Looks whether all peers have left room, by one warp and with one answer; room: of the lane's peer. early: a few times, while
+// kernels ahead in the stream may still run, since marks only grow.
+__device__ __forceinline__ bool peek_rooms(const LowLatencyDomain& ll, LowLatencyKind kind, uint64_t epoch,
+                                           bool early, Room& room) {
+    constexpr int kEarlyTries = 32;
+    const int peer = static_cast<int>(threadIdx.x % 32);
+    const bool is_peer = peer < ll.domain.num_ranks;
+    bool has_all = false;
+#pragma unroll 1
+    for (int tries = early ? kEarlyTries : 1; tries > 0 && !has_all; --tries) {
+        if (is_peer) room = peek_room(ll, kind, peer);
+        has_all = __all_sync(0xFFFFFFFFu, !is_peer || has_room(room, epoch));
+    }
+    return has_all;
+}
+
 // Waits until `peer` has consumed what this rank sent two operations of the kind ago, whose set `epoch` uses.
 //
 // Order: this rank's stores to the set come after the peer's loads from it, which tell_consumed() released. They depend on
@@ -214,9 +243,8 @@ __device__ __forceinline__ Came await_room(const LowLatencyDomain& ll, LowLatenc
     if (is_masked(ll, peer)) return Came::kMasked;
     if (is_broken(ll.domain, Contract::kAwaitMarks)) return Came::kHere;
     may_dawdle(ll.domain, Site::kAwaitMark, peer, epoch);
-    const uint64_t target = epoch <= kNumSets ? 0 : epoch - kNumSets;
-    static_assert(kNumSets == 2);
-    if ((epoch % 2 == 0 ? peeked.consumed[0] : peeked.consumed[1]) >= target) return Came::kHere;
+    if (has_room(peeked, epoch)) return Came::kHere;
+    const uint64_t target = freed_by(epoch);
     const uint64_t* mark =
         &own_low_latency_control(ll)->consumed[static_cast<int>(kind)][epoch % kNumSets][peer];
     return wait_for_peer(ll, kind, Phase::kDone, peer, target, [&](uint64_t& seen) {
