@@ -328,10 +328,9 @@ class Buffer(LowLatencyMixin):
             ConfigError: wrong dtype or shape, or an index outside [-1, E).
         """
         runtime = self._engine("get_dispatch_layout")
-        if previous_event is None and not async_finish:
-            quick = runtime.try_layout(topk_idx, num_experts)
-            if quick is not None:
-                return quick[0], None, quick[1], quick[2], EventOverlap()
+        quick = runtime.try_layout(topk_idx, num_experts, previous_event)
+        if quick is not None:
+            return quick[0], None, quick[1], quick[2], EventOverlap(EventHandle() if async_finish else None)
         with runtime.lock:
             wait_previous(previous_event)
             topk_idx = checks.check_topk_idx(topk_idx, "get_dispatch_layout")
@@ -395,11 +394,11 @@ class Buffer(LowLatencyMixin):
         layout = (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert)
         topk = (topk_idx, topk_weights)
         sizes = (num_worst_tokens, expert_alignment)
-        if previous_event is None and not async_finish:
-            formats, configs = (use_fp8, round_scale, use_ue8m0), (config, self._default_config)
-            quick = try_dispatch(runtime, x, handle, layout, topk, sizes, formats, configs)
-            if quick is not None:
-                return returned(quick, handle, *sizes, EventOverlap())
+        formats, configs = (use_fp8, round_scale, use_ue8m0), (config, self._default_config)
+        when = (previous_event, async_finish)
+        quick = try_dispatch(runtime, x, handle, layout, topk, sizes, formats, configs, when)
+        if quick is not None:
+            return returned(quick[0], handle, *sizes, quick[1])
         inputs = (x, handle, layout, topk_idx, topk_weights)
         first = x[0] if isinstance(x, (tuple, list)) and x else x
         with runtime.call("dispatch", first, use_fp8, inputs, previous_event, async_finish) as call:
@@ -454,11 +453,11 @@ class Buffer(LowLatencyMixin):
             ConfigError: bad arguments or a handle of another dispatch. PeerError, CommTimeout: as for `dispatch`.
         """
         runtime = self._engine("combine")
-        is_usual = previous_event is None and bias is None and not async_finish
-        if is_usual and (config is None or isinstance(config, Config)):
-            quick = runtime.try_combine(x, handle, topk_weights, config, self._default_config)
+        if bias is None and (config is None or isinstance(config, Config)):
+            when = (previous_event, async_finish)
+            quick = runtime.try_combine(x, handle, topk_weights, config, self._default_config, when)
             if quick is not None:
-                return (*quick, EventOverlap())
+                return quick
         inputs = (x, handle, topk_weights, bias)
         with runtime.call("combine", x, False, inputs, previous_event, async_finish) as call:
             rows = checks.check_tensor(x, "x", "combine", dim=2, dtypes=checks.COMBINE_DTYPES)

@@ -6,12 +6,42 @@ context exists, an event is a real CUDA event on the stream that is current wher
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import TracebackType
 
 import torch
 
 from .errors import ConfigError
+
+# Torch's own ways to the current stream and to events lead through layers of Python that cost the host more time than
+# what they do; the calls below are those that they end in.
+
+
+@functools.lru_cache(maxsize=64)
+def stream_of(stream_id: int, device_index: int, device_type: int) -> torch.cuda.Stream:
+    """The stream that torch knows by these numbers. They say all that the object holds, so one serves again."""
+    return torch.cuda.Stream(stream_id=stream_id, device_index=device_index, device_type=device_type)
+
+
+def current_stream() -> torch.cuda.Stream:
+    """`torch.cuda.current_stream()`, once there is a CUDA context."""
+    return stream_of(*torch._C._cuda_getCurrentStream(torch._C._cuda_getDevice()))
+
+
+def new_event() -> torch.cuda.Event:
+    """`torch.cuda.Event()`."""
+    return torch._C._CudaEventBase.__new__(torch.cuda.Event)
+
+
+def record(event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
+    """`torch.cuda.Event.record`."""
+    torch._C._CudaEventBase.record(event, stream)
+
+
+def let_wait(stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+    """`torch.cuda.Stream.wait_event`: for what was recorded last, whatever is recorded later."""
+    torch._C._CudaEventBase.wait(event, stream)
 
 
 class EventHandle:
@@ -24,13 +54,13 @@ class EventHandle:
         self._event: torch.cuda.Event | None = None
         # Asking for no more keeps a CPU-only program from creating a CUDA context by accident.
         if torch.cuda.is_initialized():
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream())
+            self._event = new_event()
+            record(self._event, current_stream())
 
     def current_stream_wait(self) -> None:
         """Make the current stream wait for this event (no host wait). May be called any number of times."""
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            let_wait(current_stream(), self._event)
 
     def query(self) -> bool:
         """True when the work before the event has finished."""
@@ -100,22 +130,28 @@ class EventOverlap:
             self.current_stream_wait(getattr(self, "_release_on_exit", False))
 
 
-def wait_previous(previous_event: EventHandle | EventOverlap | None) -> None:
-    """Make the current stream wait for ``previous_event``: None, EventHandle, or EventOverlap with or without event.
+def event_of(previous_event: EventHandle | EventOverlap | None) -> EventHandle | None:
+    """What an operation waits for that is given ``previous_event``: None, EventHandle, or EventOverlap of either.
 
     Raises:
         ConfigError: something else was passed.
     """
-    if previous_event is None:
-        return
+    if previous_event is None or isinstance(previous_event, EventHandle):
+        return previous_event
     if isinstance(previous_event, EventOverlap):
-        if previous_event.event is not None:
-            previous_event.event.current_stream_wait()
-        return
-    if isinstance(previous_event, EventHandle):
-        previous_event.current_stream_wait()
-        return
+        return previous_event.event
     raise ConfigError(
         f"previous_event is a {type(previous_event).__name__}; expected None, EventOverlap or EventHandle "
         "(Buffer.capture() returns one)"
     )
+
+
+def wait_previous(previous_event: EventHandle | EventOverlap | None) -> None:
+    """Make the current stream wait for ``previous_event``.
+
+    Raises:
+        ConfigError: see `event_of`.
+    """
+    event = event_of(previous_event)
+    if event is not None:
+        event.current_stream_wait()

@@ -10,7 +10,7 @@ from . import checks, fp8
 from .config import Config, align_up
 from .engines.calls import Call
 from .engines.portable import DispatchRequest, DispatchResult
-from .engines.short_cuts import ConfigOf, ShortCuts
+from .engines.short_cuts import ConfigOf, ShortCuts, When
 from .errors import ConfigError
 from .event import EventOverlap
 from .handles import Handle
@@ -36,7 +36,8 @@ def try_dispatch(
     sizes: tuple[Any, Any],
     formats: tuple[Any, Any, Any],
     configs: tuple[Any, ConfigOf],
-) -> DispatchResult | None:
+    when: When,
+) -> tuple[DispatchResult, EventOverlap] | None:
     """A dispatch of arguments as they came, if they are like those of most calls; see `ShortCuts`.
 
     Args:
@@ -45,6 +46,7 @@ def try_dispatch(
         sizes: num_worst_tokens and expert_alignment.
         formats: use_fp8, round_scale and use_ue8m0.
         configs: the configuration given, and what gives one in its place.
+        when: previous_event and async_finish.
     """
     per_rank, per_node, in_rank, per_expert = layout
     num_worst_tokens, alignment = sizes
@@ -62,7 +64,7 @@ def try_dispatch(
             return None
     elif formats != _NO_FP8:
         return None
-    return engine.try_dispatch(x, handle, (per_rank, in_rank, per_expert), topk, scale_format, *configs)
+    return engine.try_dispatch(x, handle, (per_rank, in_rank, per_expert), topk, scale_format, *configs, when)
 
 
 def returned(

@@ -176,7 +176,7 @@ def buffer(kernels, monkeypatch):
     )
     kernels._domain.error, kernels._domain.close = (lambda: None), (lambda: None)
     kernels._domain.refuse = lambda stream: kernels.open_events.append("refuse")
-    kernels._comm_stream, kernels._is_open = None, False
+    kernels._is_open = False
     kernels.read_combine = _C.CombineInputs(torch.Tensor, -1, 1).read
     kernels.memory.offset_of, kernels.memory.close = (lambda tensor: tensor.data_ptr()), (lambda: None)
     kernels.serves = lambda rows, use_fp8=False: isinstance(rows, torch.Tensor)
@@ -231,7 +231,7 @@ def same(a, b) -> bool:
 def test_both_ways_bring_the_same(buffer, kernels, scaled):
     for seed, num_tokens in ((0, 12), (1, 12), (2, 30), (3, 0), (4, 29)):
         x, idx, weights = make_call(seed, num_tokens, scaled)
-        first = call_dispatch(buffer, x, idx, weights, previous_event=deep_ep.EventOverlap())
+        first = call_dispatch(buffer, x, idx, weights, num_tokens_per_rdma_rank=torch.ones(1, dtype=torch.int32))
         assert buffer.long.pop() == "dispatch"
         got = call_dispatch(buffer, x, idx, weights, expert_alignment=4)
         assert buffer.long == [] and kernels.open_events[-2:] == ["begin", "end"]

@@ -219,6 +219,23 @@ def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace)
     rows = [row for row in workload.rows(args.sms[-1]) if not row.waits]
     calls = {"layout": ("get_dispatch_layout", lambda: buffer.get_dispatch_layout(case.idx, args.experts))}
     calls.update({row.key: (row.name, row.call) for row in rows})
+    config = deep_ep.Config(args.sms[-1])
+
+    def finish(call: Callable[..., Any], *inputs: Any, **options: Any) -> None:
+        """As training loops call: after an event, beside the current stream, which then waits."""
+        before = buffer.capture()
+        options.update(config=config, previous_event=before, async_finish=True, allocate_on_comm_stream=True)
+        call(*inputs, **options)[-1].current_stream_wait()
+
+    if buffer.engine == "cuda":
+        calls["fp8_dispatch_async"] = (
+            "FP8 dispatch, cached, asynchronous, with its events",
+            lambda: finish(buffer.dispatch, case.x_fp8, handle=workload.handle),
+        )
+        calls["combine_async"] = (
+            "bf16 combine, asynchronous, with its events",
+            lambda: finish(buffer.combine, workload.symmetric, workload.handle),
+        )
     figures = []
     for key, (name, call) in calls.items():
 

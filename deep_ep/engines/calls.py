@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from ..errors import DeepEPError
 from ..event import EventHandle, EventOverlap, wait_previous
 from ..handles import Handle
+from .aside import Aside, StreamKey
 
 if TYPE_CHECKING:
     from .portable import PortableEngine
@@ -103,6 +105,39 @@ class Call:
     def _unwind(self) -> None:
         torch._C._set_grad_enabled(self._had_grad)
         self.engine.lock.release()
+
+
+class KernelCall(Call):
+    """A call that may launch kernels: on a device that is not the thread's current one, and beside its current stream.
+
+    Where there is no event to wait for, what the caller enqueues next comes after an operation beside the current
+    stream, failed or not.
+    """
+
+    _outputs: object = None
+    _device: AbstractContextManager[Any] | None = None
+    _aside: Aside | None = None
+    _before: StreamKey | None = None  # the stream that was current before
+
+    def keep(self, outputs: object) -> None:
+        self._outputs = outputs
+
+    def _use(self, device: torch.device) -> None:
+        context = torch.cuda.device(device)
+        context.__enter__()
+        self._device = context
+
+    def _go_aside(self, aside: Aside, event: EventHandle | None) -> None:
+        self._before, self._aside = aside.enter(event), aside
+
+    def _unwind(self) -> None:
+        try:
+            if self._aside is not None and self._before is not None:
+                self._aside.leave(self._before, join=not self.async_finish)
+        finally:
+            if self._device is not None:
+                self._device.__exit__(None, None, None)
+            super()._unwind()
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:

@@ -22,6 +22,7 @@ from ..errors import ConfigError, DeepEPError
 from ..handles import Handle
 from ..traffic import TrafficStats
 from .arena import Arena
+from .aside import Aside
 from .combine_inputs import COUNTS, CombineInputs, counts_of
 from .dispatch_outputs import DispatchOutputs
 from .failures import failure, never_ran, overflowed, refusal
@@ -66,7 +67,6 @@ class CudaKernels(DispatchOutputs, CombineInputs):
             self._push = _C.PushCopies(self._domain) if can_push else None
         self._push_number = 0
         self._num_sms: int = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._comm_stream: torch.cuda.Stream | None = None
         self._plans, self._alike = {}, {}
         self._combines, self._new = RowPlan((), "combine"), maker_of(self.device)
         self.read_combine = _C.CombineInputs(torch.Tensor, self._index, self.num_ranks).read
@@ -111,9 +111,12 @@ class CudaKernels(DispatchOutputs, CombineInputs):
 
     def comm_stream(self) -> torch.cuda.Stream:
         """The stream of asynchronous calls, made when first needed."""
-        if self._comm_stream is None:
-            self._comm_stream = torch.cuda.Stream(device=self.device, priority=-1)
-        return self._comm_stream
+        return self.aside.stream
+
+    @functools.cached_property
+    def aside(self) -> Aside:
+        """Operations on that stream."""
+        return Aside(torch.cuda.Stream(device=self.device, priority=-1))
 
     def begin(self) -> None:
         """The next operation runs on the current stream, after the one before, whatever stream that was called on."""

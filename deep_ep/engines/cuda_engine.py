@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,18 +13,19 @@ import torch
 from .._native import _C
 from ..config import Config
 from ..errors import ConfigError, PoolExhausted, TopologyError
-from ..event import EventHandle, EventOverlap, wait_previous
+from ..event import EventHandle, EventOverlap, event_of, wait_previous
 from ..fp8 import ScaleFormat
 from ..handles import Handle, check_intranode_handle
 from ..layout import DispatchLayout
 from ..topology import Topology
-from .calls import Call, tensors_in
+from .calls import Call, KernelCall, tensors_in
 from .cuda import MAX_PEERS, CudaKernels
 from .cuda_ll import LowLatencyKernels
+from .dispatch_outputs import memory_of
 from .mesh import Members
 from .peer_memory import PeerMemory
 from .portable import DispatchRequest, DispatchResult, PortableEngine
-from .short_cuts import ConfigOf
+from .short_cuts import ConfigOf, When
 
 T = TypeVar("T")
 
@@ -50,47 +50,30 @@ class DeviceRoute:
     num_rows: int
 
 
-class DeviceCall(Call):
+class DeviceCall(KernelCall):
     """An operation of kernels: on the current stream, or beside it on the communication stream."""
 
     engine: CudaEngine
     on_device = True
     _begun = False
-    _aside = False
-    _outputs: object = None
-    _contexts: tuple[AbstractContextManager[Any], ...] = ()
 
     def _enter(self) -> None:
-        kernels, previous = self.engine.kernels, self.previous_event
+        kernels = self.engine.kernels
         if torch._C._cuda_getDevice() != kernels.device.index:  # the current device is that of the thread
-            self._push(torch.cuda.device(kernels.device))
-        if self.async_finish or previous is not None:
-            event = previous.event if isinstance(previous, EventOverlap) else previous
+            self._use(kernels.device)
+        try:
+            event = event_of(self.previous_event)
             if self.async_finish or event is not None:
-                self._aside = True
-                self._current = torch.cuda.current_stream(kernels.device)
-                comm = kernels.comm_stream()
-                if event is None:
-                    comm.wait_stream(self._current)
-                self._push(torch.cuda.stream(comm))
-        kernels.begin()
-        self._begun = True
-        if previous is not None:
-            wait_previous(previous)
-
-    def _push(self, context: AbstractContextManager[Any]) -> None:
-        context.__enter__()
-        self._contexts = (*self._contexts, context)
+                self._go_aside(kernels.aside, event)
+        finally:
+            kernels.begin()  # also where this rank can only refuse
+            self._begun = True
 
     def _leave(self) -> None:
-        if self._aside:
+        if self._before is not None:
             super()._leave()
-            comm = self.engine.kernels.comm_stream()
-            for tensor in tensors_in(self.inputs):
-                if tensor.is_cuda:
-                    tensor.record_stream(comm)
-            for tensor in tensors_in(self._outputs):
-                tensor.record_stream(self._current)
+            read = [tensor for tensor in tensors_in(self.inputs) if tensor.is_cuda]
+            self.engine.kernels.aside.keep(self._before, read, tensors_in(self._outputs))
 
     def _fail(self, error: BaseException) -> None:
         # Whatever came before the first launch has moved nothing; the peers are, or will be, in this operation.
@@ -101,11 +84,6 @@ class DeviceCall(Call):
         try:
             if self._begun:
                 self.engine.kernels.end()
-            for context in reversed(self._contexts):
-                context.__exit__(None, None, None)
-            if self._aside and not self.async_finish:
-                # Without an event to wait for, what the caller enqueues next comes after the operation, failed or not.
-                self._current.wait_stream(self.engine.kernels.comm_stream())
         finally:
             super()._unwind()
 
@@ -118,9 +96,6 @@ class DeviceCall(Call):
                 "handle that a dispatch of tensors on that device returned"
             )
         return DeviceRoute(handle, handle[5].shape[0], handle[3].shape[0])
-
-    def keep(self, outputs: object) -> None:
-        self._outputs = outputs
 
 
 class CudaEngine(PortableEngine):
@@ -177,11 +152,18 @@ class CudaEngine(PortableEngine):
         per_rank, per_expert, in_rank = kernels.layout(topk_idx, num_experts)
         return DispatchLayout(per_rank, None, per_expert, in_rank)
 
-    def try_layout(self, topk_idx: Any, num_experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def try_layout(
+        self, topk_idx: Any, num_experts: Any, previous_event: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         kernels = self.kernels
         with self.lock:
             if torch._C._cuda_getDevice() != kernels.device.index:  # the current device is that of the thread
                 return None
+            if previous_event is not None:
+                try:
+                    wait_previous(previous_event)  # where the long way is taken, once more
+                except ConfigError:
+                    return None
             return kernels.try_layout(topk_idx, num_experts)
 
     def try_dispatch(
@@ -193,7 +175,8 @@ class CudaEngine(PortableEngine):
         scale_format: ScaleFormat | None,
         config: Config | None,
         default_config: ConfigOf,
-    ) -> DispatchResult | None:
+        when: When,
+    ) -> tuple[DispatchResult, EventOverlap] | None:
         rows, scales = x if type(x) is tuple and len(x) == 2 else (x, None)
         kernels = self.kernels
         inputs = None
@@ -209,42 +192,85 @@ class CudaEngine(PortableEngine):
         if config is None:
             config = default_config("dispatch", rows, scale_format is not None)
         if handle is not None:
-            return self._run("dispatch", kernels.run_cached, plan, *inputs, config.num_sms)
+            by_handle = ((rows, scales, handle[5]), handle[:5])
+            return self._run("dispatch", when, by_handle, memory_of, kernels.run_cached, plan, *inputs, config.num_sms)
+        per_rank, in_rank, per_expert = layout
         sent, addresses, num_experts = inputs
-        last = (layout[1], num_experts, 0, config.num_channels, config.num_sms)
-        return self._run("dispatch", kernels.run_dispatch, plan, sent, addresses, *last)
+        given = ((rows, scales, in_rank, per_expert, *topk), (per_rank,))
+        last = (in_rank, num_experts, 0, config.num_channels, config.num_sms)
+        return self._run("dispatch", when, given, memory_of, kernels.run_dispatch, plan, sent, addresses, *last)
 
     def try_combine(
-        self, x: Any, handle: Any, topk_weights: Any, config: Config | None, default_config: ConfigOf
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        self, x: Any, handle: Any, topk_weights: Any, config: Config | None, default_config: ConfigOf, when: When
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap] | None:
         kernels = self.kernels
         inputs = kernels.read_combine(x, handle, topk_weights)
         if inputs is None:
             return None
         if config is None:
             config = default_config("combine", x, False)
-        return self._run("combine", kernels.run_combine, x, topk_weights, [], handle[0], inputs, config.num_sms)
+        given = ((x, topk_weights, handle[0], handle[5]), handle[1:5])
+        biases: list[int] = []
+        last = (x, topk_weights, biases, handle[0], inputs, config.num_sms)
+        done = self._run("combine", when, given, tuple, kernels.run_combine, *last)
+        return None if done is None else (*done[0], done[1])
 
-    def _run(self, operation: str, run: Callable[..., T], *arguments: object) -> T | None:
-        """What `DeviceCall` does around a synchronous operation that waits for no event; None on another device."""
-        kernels = self.kernels
+    def _run(
+        self,
+        operation: str,
+        when: When,
+        given: tuple[tuple[torch.Tensor | None, ...], tuple[torch.Tensor, ...]],
+        memory: Callable[[T], tuple[torch.Tensor | None, ...]],
+        run: Callable[..., T],
+        *arguments: object,
+    ) -> tuple[T, EventOverlap] | None:
+        """What `DeviceCall` does around an operation. None on another device, and where the event is none.
+
+        Args:
+            given: the tensors that kernels read, where None stands for one that was left out, and those of which only
+                the shapes count. Of a handle a repeated dispatch reads send_head, and a combine rank_prefix_matrix as
+                well. What is not read may be reused at once, so only the former are recorded on the communication
+                stream (`Aside.keep`); the event keeps all of them, as it does on the long way.
+            memory: gives one tensor on each storage of what ``run`` returned.
+        """
+        kernels, (previous, async_finish) = self.kernels, when
+        event = None
+        if previous is not None:
+            try:
+                event = event_of(previous)
+            except ConfigError:
+                return None
         with self.lock:
             if torch._C._cuda_getDevice() != kernels.device.index:  # the current device is that of the thread
                 return None
             kernels.check()
-            had_grad = torch.is_grad_enabled()
+            had_grad, before = torch.is_grad_enabled(), None
             torch._C._set_grad_enabled(False)
             try:
+                if async_finish or event is not None:
+                    before = kernels.aside.enter(event)
                 kernels.begin()
                 try:
-                    return run(*arguments)
+                    result = run(*arguments)
                 except Exception:
                     kernels.refuse(operation)
                     raise
+                else:
+                    if before is None:
+                        return result, EventOverlap()
+                    read, others = given
+                    overlap = EventOverlap()
+                    if async_finish:
+                        kept = [tensor for tensor in (*read, *others) if tensor is not None]
+                        overlap = EventOverlap(EventHandle(), tuple(kept))
+                    kernels.aside.keep(before, read, memory(result))
+                    return result, overlap
                 finally:
                     kernels.end()
             finally:
                 torch._C._set_grad_enabled(had_grad)
+                if before is not None:
+                    kernels.aside.leave(before, join=not async_finish)
 
     def is_plain(self, handle: Handle, device: torch.device) -> bool:
         """Whether a handle is as dispatch returns it, on this device."""

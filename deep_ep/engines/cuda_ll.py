@@ -20,6 +20,7 @@ from .. import fp8
 from .._native import _C
 from ..errors import BufferDestroyed, ConfigError, PeerError
 from ..traffic import TrafficStats
+from .aside import Aside
 from .low_latency_call import Outstanding, ReceiveHook, check_num_outstanding
 from .low_latency_plans import PLACES, CombinePlan, DispatchPlan, Handle, Plans
 from .low_latency_regions import Launcher, Regions
@@ -69,6 +70,11 @@ class LowLatencyKernels:
         self._outstanding = (Outstanding(), Outstanding())
         self.num_pending = 0
         self._is_closed = False
+
+    @property
+    def aside(self) -> Aside:
+        """Where asynchronous operations run."""
+        return self._kernels.aside
 
     # What is served.
 

@@ -31,6 +31,18 @@ _DLPACK_TYPES = {
 _FORMATS: dict[fp8.ScaleFormat | None, int] = {None: 0, "fp32": 0, "pow2": 1, "ue8m0": 2}
 
 
+def memory_of(result: DispatchResult) -> tuple[torch.Tensor, ...]:
+    """One tensor on each storage of what a dispatch brought: see `RowPlan.tensors` and `DispatchOutputs._make_handle`.
+
+    Received tensors share a block, those of the handle that are this rank's own another. src_idx lies with neither, and
+    is_token_in_rank is the caller's, who may have made it on any stream, and now gets it with the handle.
+    """
+    if result.handle is None:
+        return (result.rows,)
+    prefix, _, _, src_idx, in_rank, _ = result.handle
+    return result.rows, prefix, src_idx, in_rank
+
+
 class DispatchOutputs(KernelState):
     """A part of `CudaKernels`."""
 

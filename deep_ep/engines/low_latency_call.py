@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import ConfigError
 from ..event import EventHandle, EventOverlap
-from .calls import Call, tensors_in
+from .calls import KernelCall, tensors_in
 
 if TYPE_CHECKING:
     from .portable import PortableEngine
@@ -63,7 +61,7 @@ class ReceiveHook:
             call[0](*call[1])
 
 
-class LowLatencyCall(Call):
+class LowLatencyCall(KernelCall):
     """An operation on the current stream, or, asynchronous ones on kernels, on the communication stream.
 
     Args:
@@ -86,28 +84,16 @@ class LowLatencyCall(Call):
         self._kernels = kernels
         self._check_room = check_room
         self._takes_part = False
-        self._contexts: list[Any] = []
-        self._outputs: object = None
-
-    def keep(self, outputs: object) -> None:
-        self._outputs = outputs
 
     def _enter(self) -> None:
         self._check_room(self.operation, self._kernels)
         self._takes_part = True
         if self._kernels is None:
             return
-        device = self._kernels.device
         if self._kernels.current_device() != self._kernels.index:  # the current device is that of the thread
-            self._push(torch.cuda.device(device))
+            self._use(self._kernels.device)
         if self.async_finish:
-            comm = self.engine.get_comm_stream()
-            comm.wait_stream(torch.cuda.current_stream(device))
-            self._push(torch.cuda.stream(comm))
-
-    def _push(self, context: Any) -> None:
-        context.__enter__()
-        self._contexts.append(context)
+            self._go_aside(self._kernels.aside, None)
 
     def _leave(self) -> None:
         if self.async_finish:
@@ -121,10 +107,3 @@ class LowLatencyCall(Call):
             super()._fail(error)
         elif not self.started and isinstance(error, Exception):
             self._kernels.refuse(self.operation)
-
-    def _unwind(self) -> None:
-        try:
-            while self._contexts:
-                self._contexts.pop().__exit__(None, None, None)
-        finally:
-            super()._unwind()

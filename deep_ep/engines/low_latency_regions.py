@@ -9,6 +9,7 @@ import torch
 
 from .._native import _C
 from ..errors import ConfigError, PeerError, PoolExhausted
+from .aside import Aside
 from .pool import is_capturing
 
 
@@ -25,6 +26,8 @@ class Launcher(Protocol):
     def domain(self) -> Any: ...
     @property
     def order(self) -> Any: ...
+    @property
+    def aside(self) -> Aside: ...
     @property
     def has_failed(self) -> bool: ...
     def blocks(self, num_sms: int) -> int: ...

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import Config
+from ..event import EventHandle, EventOverlap
 from ..fp8 import ScaleFormat
 
 if TYPE_CHECKING:
@@ -15,17 +16,21 @@ if TYPE_CHECKING:
 
 #: Gives the configuration of an operation on rows, which travel as FP8 or not.
 ConfigOf = Callable[[str, torch.Tensor, bool], Config]
+#: previous_event, which may be anything, and async_finish.
+When = tuple[EventOverlap | EventHandle | None, bool]
 
 
 class ShortCuts:
-    """Synchronous operations that wait for no event, on the current stream.
+    """Operations on the current stream, or, where they are asynchronous or wait for an event, beside it.
 
     Arguments are as the caller passed them. An answer of None means that something is new, unusual or wrong: then
-    nothing has happened, and the call takes the long way, on which each argument is checked.
+    nothing has happened that matters, and the call takes the long way, on which each argument is checked.
     """
 
-    def try_layout(self, topk_idx: Any, num_experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """num_tokens_per_rank, num_tokens_per_expert and is_token_in_rank."""
+    def try_layout(
+        self, topk_idx: Any, num_experts: Any, previous_event: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """num_tokens_per_rank, num_tokens_per_expert and is_token_in_rank, of the current stream in any case."""
         return None
 
     def try_dispatch(
@@ -37,7 +42,8 @@ class ShortCuts:
         scale_format: ScaleFormat | None,
         config: Config | None,
         default_config: ConfigOf,
-    ) -> DispatchResult | None:
+        when: When,
+    ) -> tuple[DispatchResult, EventOverlap] | None:
         """A dispatch by ``handle``, or, where that is None, one anew whose number of rows is not fixed.
 
         Args:
@@ -52,8 +58,8 @@ class ShortCuts:
         return None
 
     def try_combine(
-        self, x: Any, handle: Any, topk_weights: Any, config: Config | None, default_config: ConfigOf
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        self, x: Any, handle: Any, topk_weights: Any, config: Config | None, default_config: ConfigOf, when: When
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap] | None:
         """A combine without a bias.
 
         Raises:
