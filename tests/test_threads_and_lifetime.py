@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 import weakref
 
 import pytest
@@ -82,6 +83,31 @@ def run_dropped_on_one_rank_first(ctx: RankContext):
 
 def test_drop_is_not_collective():
     run_ranks(2, run_dropped_on_one_rank_first, timeout=30)
+
+
+def run_bad_call_after_a_peer_left(ctx: RankContext) -> list[str]:
+    buffer = ctx.fresh_buffer(explicitly_destroy=True, timeout_s=20)
+    round_trip(ctx, buffer, 1)
+    ctx.barrier()
+    if ctx.rank == 1:
+        buffer.destroy()
+    ctx.barrier()
+    errors = []
+    # The notice to the peer may find the connection open, closing or closed.
+    for _ in range(3 if ctx.rank == 0 else 0):
+        with pytest.raises(deep_ep.DeepEPError) as raised:
+            buffer.dispatch(torch.zeros(4), None)
+        errors.append(f"{raised.typename}: {raised.value}")
+        time.sleep(0.1)
+    if ctx.rank == 0:
+        buffer.destroy()
+    return errors
+
+
+def test_bad_arguments_are_named_after_a_peer_has_left():
+    errors = run_ranks(2, run_bad_call_after_a_peer_left)[0]
+    assert len(errors) == 3
+    assert all(error.startswith("ConfigError: dispatch: x is float32 [4]") for error in errors), errors
 
 
 def run_threads(ctx: RankContext, same_buffer: bool):

@@ -283,9 +283,17 @@ class Mesh:
         self.last_wait_ns = [0] * self.size
 
     def post(self, phase: int, peer: int, message: torch.Tensor) -> None:
-        """Send without waiting, ever: for the notice that this rank gave up the operation."""
-        if self._gloo is not None:
-            self._abandoned.append((self._gloo.send([message], peer, self._tag(phase)), message))
+        """Send without waiting, ever: for the notice that this rank gave up the operation.
+
+        A peer that has left waits for nothing, so its closed connection is no error.
+        """
+        if self._gloo is None:
+            return
+        try:
+            work = self._gloo.send([message], peer, self._tag(phase))
+        except RuntimeError:
+            return
+        self._abandoned.append((work, message))
 
     def all_gather(
         self,
