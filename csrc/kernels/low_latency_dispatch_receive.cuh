@@ -183,14 +183,17 @@ __device__ __noinline__ bool agree_with_counts(const LowLatencyDispatchArgs& arg
     return __syncthreads_and(is_good) != 0;
 }
 
-// A warp's part of the counts.
+// A warp's part of the counts is in the table.
+//
+// Order: the warp barrier brings what all lanes stored to the one that arrives, whose arrival releases it to the block; pairs
+// with await_warps(), which acquires it. So it is with the headers.
 __device__ __forceinline__ void arrive_with_counts(BlockState& block, bool is_good) {
     if (!is_good) block.has_failed = 1;
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&block.counted);
 }
 
-// Waits for warps of the block. False after a failure of one. They arrive, as none of them waits for a peer without a
+// Waits for warps of the block, once each barrier, so its first phase. False after a failure of one. They arrive, as none of them waits for a peer without a
 // deadline, so this needs none of its own.
 __device__ __forceinline__ bool await_warps(BlockState& block, uint64_t& barrier) {
     while (!ptx::mbarrier_try_wait(&barrier, 0)) {

@@ -8,7 +8,7 @@
 //   a packet                    send_packet()                 peek_packet(), is_here()
 //   a line                      ptx::st_line()                ptx::ld_line(), is_here() of its last 16 bytes
 //   a piece of a row            publish_piece(), release      await_piece(), acquire
-//   leave to use a set again    note_received(), then         await_room()
+//   leave to use a set again    note_received(), then         peek_rooms(), await_room()
 //                               tell_consumed(), release
 //
 // A word, packet or line is one access that holds its epoch beside what it carries: who sees the epoch has the rest, so there is
