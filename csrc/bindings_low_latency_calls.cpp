@@ -1,6 +1,7 @@
 // Low-latency calls of one shape, from the tensors that are passed to those that come back, in one native call: whether they
 // are like those of a call before, and where they lie; the order of streams; new outputs; the launch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include "bindings_call.h"
 #include "bindings_low_latency.h"
 #include "bindings_tensors.h"
+#include "bindings_views.h"
 
 namespace py = pybind11;
 
@@ -52,7 +54,12 @@ class LowLatencyHandles {
             throw py::value_error("expected three layouts and numbers");
         for (size_t i = 0; i < kTensors; ++i) {
             const auto layout = layouts[i].cast<py::tuple>();
-            layouts_[i] = {layout[0], layout[1], layout[2].cast<int64_t>(), layout[3].cast<int64_t>()};
+            layouts_[i] = {layout[0],
+                           layout[1],
+                           layout[2].cast<int64_t>(),
+                           layout[3].cast<int64_t>(),
+                           layout[0].cast<std::vector<int64_t>>(),
+                           layout[1].cast<std::vector<int64_t>>()};
         }
     }
 
@@ -85,16 +92,50 @@ class LowLatencyHandles {
     struct Layout {
         py::object sizes, strides;
         int64_t offset, step;
+        std::vector<int64_t> native_sizes, native_strides;
     };
     struct Slab {
         Address stream, address;
         py::object tensors[kTensors];
+        TensorViews::Base bases[kTensors];  // of these tensors, null where views are made by `view_`
         int next;
     };
 
     Slab make(Address stream, int num_parts) const {
         const auto made = make_slab_(num_parts).cast<py::tuple>();
-        return {stream, made[0].cast<Address>(), {made[1], made[2], made[3]}, 0};
+        Slab slab{stream, made[0].cast<Address>(), {made[1], made[2], made[3]}, {}, 0};
+        const TensorViews* views = TensorViews::find();
+        for (size_t i = 0; views != nullptr && i < kTensors; ++i) {
+            // Trusted once it has made what `view_` makes.
+            slab.bases[i] = views->base(slab.tensors[i]);
+            if (slab.bases[i] == nullptr || !is_same(cut_one(slab, i, 0), view_of(slab, i, 0)))
+                slab.bases[i] = nullptr;
+        }
+        return slab;
+    }
+    static bool is_same(const py::object& made, const py::object& wanted) {
+        if (!made || Py_TYPE(made.ptr()) != Py_TYPE(wanted.ptr())) return false;
+        for (const char* what : {"dtype", "device", "shape", "requires_grad"}) {
+            if (!made.attr(what).equal(wanted.attr(what))) return false;
+        }
+        for (const char* what : {"stride", "data_ptr"}) {
+            if (!made.attr(what)().equal(wanted.attr(what)())) return false;
+        }
+        return true;
+    }
+    // Of part 0 or another, by either way; the first may be null.
+    py::object cut_one(const Slab& slab, size_t i, int part) const {
+        if (slab.bases[i] == nullptr) return {};
+        const Layout& layout = layouts_[i];
+        return TensorViews::find()->view(slab.bases[i], layout.native_sizes, layout.native_strides,
+                                         layout.offset + part * layout.step);
+    }
+    py::object view_of(const Slab& slab, size_t i, int part) const {
+        const Layout& layout = layouts_[i];
+        const py::object offset = owned(PyLong_FromLongLong(layout.offset + part * layout.step));
+        PyObject* const arguments[] = {slab.tensors[i].ptr(), layout.sizes.ptr(), layout.strides.ptr(),
+                                       offset.ptr()};
+        return owned(PyObject_Vectorcall(view_.ptr(), arguments, 4, nullptr));
     }
     std::vector<Slab>::iterator find(Address stream) {
         return std::find_if(slabs_.begin(), slabs_.end(),
@@ -104,11 +145,8 @@ class LowLatencyHandles {
         const Address address = slab.address + static_cast<Address>(part * part_bytes_);
         py::object views[kTensors];
         for (size_t i = 0; i < kTensors; ++i) {
-            const Layout& layout = layouts_[i];
-            const py::object offset = owned(PyLong_FromLongLong(layout.offset + part * layout.step));
-            PyObject* const arguments[] = {slab.tensors[i].ptr(), layout.sizes.ptr(), layout.strides.ptr(),
-                                           offset.ptr()};
-            views[i] = owned(PyObject_Vectorcall(view_.ptr(), arguments, 4, nullptr));
+            views[i] = cut_one(slab, i, part);
+            if (!views[i]) views[i] = view_of(slab, i, part);
         }
         const py::object places = owned(tuple_of(Py_NewRef(shape_.ptr()), address));
         if (PyObject_SetAttr(views[1].ptr(), attribute_.ptr(), places.ptr()) != 0)

@@ -110,10 +110,14 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
     const bool in_lines = num_tokens <= args.ll.layout.dispatch_line_tokens;
     if (in_lines)
         check_limit(shape.num_steps * kLineStepBytes, args.ll.layout.line_row_bytes, name, "a row in lines");
-    // A piece is as short as leaves one for each warp, on the way out and on the way in.
+    // A piece is as short as leaves one for each warp, on the way out and on the way in, and never long: the far end begins
+    // when a piece is whole.
+    constexpr int kMostPieceSteps = 4;
     const int64_t num_warps = static_cast<int64_t>(num_sms) * kNumWarps;
-    const RowPieces pieces =
-        cut_row(shape.num_bytes, num_warps / std::max<int64_t>(num_ranks * num_tokens, 1));
+    const int64_t pieces_wanted =
+        std::max<int64_t>(num_warps / std::max<int64_t>(num_ranks * num_tokens, 1),
+                          (shape.num_steps + kMostPieceSteps - 1) / kMostPieceSteps);
+    const RowPieces pieces = cut_row(shape.num_bytes, pieces_wanted);
     // Other ranks may send more tokens than this one does.
     const int64_t likely_tokens = std::max<int64_t>(num_tokens, (args.num_max_tokens + 3) / 4);
     const int64_t likely_items = likely_tokens * num_ranks * (in_lines ? shape.num_steps : pieces.count);

@@ -38,8 +38,8 @@ struct DispatchPlan {
 // What the threads of a block share.
 struct BlockState {
     uint64_t epoch;
-    uint64_t heard;       // barrier of its hearing warp: the headers of all sources are there
-    uint64_t counted;     // barrier of all its warps: the counts are
+    uint64_t heard;       // barrier at which its hearing warp arrives: the headers of all sources are there
+    uint64_t counted;     // barrier at which all its threads arrive: the counts are
     unsigned has_failed;  // to hear of a source
     unsigned room;        // ranks, as bits, whose set this operation may write
     unsigned absent;      // sources, as bits, that are known to take no part while counts are awaited
@@ -59,8 +59,8 @@ struct BlockState {
     // By one thread, before a block barrier.
     __device__ __forceinline__ void clear() {
         absent = in_lines = has_failed = 0;
-        ptx::mbarrier_init(&heard, 1);
-        ptx::mbarrier_init(&counted, kNumWarps);
+        ptx::mbarrier_init(&heard, 32);
+        ptx::mbarrier_init(&counted, kNumThreads);
     }
 };
 

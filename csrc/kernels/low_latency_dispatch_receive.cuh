@@ -183,18 +183,17 @@ __device__ __noinline__ bool agree_with_counts(const LowLatencyDispatchArgs& arg
     return __syncthreads_and(is_good) != 0;
 }
 
-// A warp's part of the counts is in the table.
+// A thread's part of the counts is in the table.
 //
-// Order: the warp barrier brings what all lanes stored to the one that arrives, whose arrival releases it to the block; pairs
-// with await_warps(), which acquires it. So it is with the headers.
+// Order: each thread's arrival releases to the block what it stored; pairs with await_warps(), which acquires it. So it is with
+// the headers. One arrival for a warp, after its barrier, would do by the memory model, but racecheck cannot follow it.
 __device__ __forceinline__ void arrive_with_counts(BlockState& block, bool is_good) {
     if (!is_good) block.has_failed = 1;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&block.counted);
+    ptx::mbarrier_arrive(&block.counted);
 }
 
-// Waits for warps of the block, once each barrier, so its first phase. False after a failure of one. They arrive, as none of them waits for a peer without a
-// deadline, so this needs none of its own.
+// Waits for warps of the block, once each barrier, so its first phase. False after a failure of one. They arrive, as none of
+// them waits for a peer without a deadline, so this needs none of its own.
 __device__ __forceinline__ bool await_warps(BlockState& block, uint64_t& barrier) {
     while (!ptx::mbarrier_try_wait(&barrier, 0)) {
     }
@@ -369,10 +368,11 @@ struct Item {
     PeekedStep peeked;
 };
 
-// By all lanes of a warp. num_early: pieces, the own ones, that are as this rank would have sent them.
+// By all lanes of a warp. num_early: pieces, the own ones, that are as this rank would have sent them. looks: the headers are
+// there, so that entries may be.
 __device__ __forceinline__ Item open_item(const LowLatencyDispatchArgs& args, const DispatchPlan& plan,
                                           const BlockState& block, const RowShape& shape, int num_early,
-                                          int number) {
+                                          bool looks, int number) {
     const LowLatencyDomain& ll = args.ll;
     const int lane = static_cast<int>(threadIdx.x % 32);
     Item item{};
@@ -394,8 +394,8 @@ __device__ __forceinline__ Item open_item(const LowLatencyDispatchArgs& args, co
     item.in_lines = item.in_lines && !item.is_own;
     item.begin = item.piece * piece_steps;
     item.end = min(item.begin + piece_steps, shape.num_steps);
-    item.word = ~block.epoch << 32;  // of the first own piece it is too early to look
-    if (number >= num_early && lane < args.num_topk)
+    item.word = ~block.epoch << 32;
+    if (looks && lane < args.num_topk)
         item.word = sync::peek_word(entry_of(args, block, item.source, item.token));
     if (item.in_lines)
         item.peeked = peek_step(lines_of(args, block, item.source, item.token), item.begin, lane);
@@ -452,68 +452,66 @@ __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchP
     ItemWalk walk(plan, num_ranks, num_early);
     int number = walk.next(), num_items = num_early;
     Heard heard = Heard::kNothing;
-    Item item{};
-    Target target{};
-    RowStep what{};
-    sync::Came came = sync::Came::kHere;
-    bool is_open = false;
-    int step = 0;
     if (threadIdx.x / 32 == kHearingWarp) {
         if (await_headers(args, plan, block) && !may_mask) agree(args, plan, block);
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&block.heard);
+        ptx::mbarrier_arrive(&block.heard);
     }
+    bool is_open = false;
 #pragma unroll 1
     while (true) {
-        if (!is_open && number < num_items) {
-            item = open_item(args, plan, block, shape, num_early, number);
-            step = item.begin;
-            came = sync::Came::kHere;
+        Item item{};
+        if (number < num_items) {
+            item = open_item(args, plan, block, shape, num_early, heard != Heard::kNothing, number);
             is_open = true;
         }
-        if (is_open && item.is_own) {
-            const uint8_t* x = args.x + static_cast<int64_t>(item.token) * args.hidden * 2;
-            what = encode<kFp8>(load_source<kFp8>(x, shape, step, lane), shape, step, args.format, lane);
-        }
-        if (heard == Heard::kNothing) {
-            heard = Heard::kHeaders;
-            if (may_mask) {
-                __syncthreads();
-                if (block.has_failed != 0 || !agree_with_counts<kBySource>(args, plan, block, table)) return;
-                walk = ItemWalk(plan, num_ranks, num_ranks > 1 ? block.first_item[1] : block.num_items);
-                number = walk.next();
+        Target target{};
+        sync::Came came = sync::Came::kHere;
+        int step = item.begin;
+#pragma unroll 1
+        do {
+            RowStep what{};
+            if (is_open && item.is_own) {
+                const uint8_t* x = args.x + static_cast<int64_t>(item.token) * args.hidden * 2;
+                what = encode<kFp8>(load_source<kFp8>(x, shape, step, lane), shape, step, args.format, lane);
             }
-            if (!kBySource) {
-                const bool is_good =
-                    may_mask || await_counts(args, block, ~0u, num_local, plan.by_local, table);
-                arrive_with_counts(block, is_good);
+            if (step == item.begin) {
+                if (heard == Heard::kNothing) {
+                    heard = Heard::kHeaders;
+                    if (may_mask) {
+                        __syncthreads();
+                        if (block.has_failed != 0 || !agree_with_counts<kBySource>(args, plan, block, table))
+                            return;
+                        walk =
+                            ItemWalk(plan, num_ranks, num_ranks > 1 ? block.first_item[1] : block.num_items);
+                        number = walk.next();
+                    }
+                    if (!kBySource) {
+                        const bool is_good =
+                            may_mask || await_counts(args, block, ~0u, num_local, plan.by_local, table);
+                        arrive_with_counts(block, is_good);
+                    }
+                    if (!await_warps(block, block.heard)) return;
+                    num_items = block.num_items;
+                    if (!is_open && number < num_items) break;  // opened now
+                }
+                int32_t entry = -1;
+                if (is_open) {
+                    if (!await_entries(args, block, item.source, item.token, item.word, entry)) return;
+                    if (!item.is_own && __ballot_sync(kAllLanes, entry >= 0) != 0)
+                        came = await_item(args, block, item);
+                    if (came == sync::Came::kFailed) return;
+                }
+                if (heard != Heard::kAll) {
+                    if (!kBySource && !await_warps(block, block.counted)) return;
+                    if (is_leader()) tell_places<kBySource>(args, block, num_local, table);
+                    if (kBySource) clear_unused(args, block);
+                    heard = Heard::kAll;
+                }
+                if (!is_open) return;
+                target = place<kBySource>(args, block, item.source, item.token, entry, num_local, table);
+                if (__ballot_sync(kAllLanes, entry >= 0) == 0) break;
             }
-            if (!await_warps(block, block.heard)) return;
-            num_items = block.num_items;
-            if (!is_open && number < num_items) continue;
-        }
-        const bool is_first = is_open && step == item.begin;
-        int32_t entry = -1;
-        if (is_first) {
-            if (!await_entries(args, block, item.source, item.token, item.word, entry)) return;
-            if (!item.is_own && __ballot_sync(kAllLanes, entry >= 0) != 0)
-                came = await_item(args, block, item);
-            if (came == sync::Came::kFailed) return;
-        }
-        if (heard != Heard::kAll) {
-            if (!kBySource && !await_warps(block, block.counted)) return;
-            if (is_leader()) tell_places<kBySource>(args, block, num_local, table);
-            if (kBySource) clear_unused(args, block);
-            heard = Heard::kAll;
-        }
-        if (!is_open) return;
-        if (is_first)
-            target = place<kBySource>(args, block, item.source, item.token, entry, num_local, table);
-        const bool is_wanted = __ballot_sync(kAllLanes, target.entry >= 0) != 0;
-        if (is_wanted) {
-            if (came == sync::Came::kMasked) {
-                what = {};
-            } else if (!item.is_own) {
+            if (!item.is_own && came == sync::Came::kHere) {
                 // A step in lines is a piece of its own.
                 const uint8_t* slot = ll.region[ll.domain.rank] +
                                       ll.layout.dispatch_slot(set_of(block.epoch), item.source, item.token);
@@ -523,8 +521,8 @@ __device__ void receive_rows(const LowLatencyDispatchArgs& args, const DispatchP
                                        step, lane);
             }
             fan_out<kBySource>(args, shape, what, target, step);
-        }
-        if (++step < item.end && is_wanted) continue;
+        } while (++step < item.end);
+        if (!is_open) continue;
         if (item.piece == 0 && !note_token<kBySource>(args, block, item, target)) return;
         number = walk.next();
         is_open = false;

@@ -186,7 +186,7 @@ __device__ void send_rows(const LowLatencyDispatchArgs& args, const DispatchPlan
 #pragma unroll 1
     while (item < num_items) {
         to &= room;
-        const int64_t line_at = ll.layout.dispatch_lines(set, ll.domain.rank, plan.in_lines ? token : 0);
+        const int64_t line_at = plan.in_lines ? ll.layout.dispatch_lines(set, ll.domain.rank, token) : 0;
         const RowStep what = encode<kFp8>(source, shape, step, args.format, lane);
 #pragma unroll 1
         for (unsigned left = to; left != 0; left &= left - 1) {
