@@ -23,6 +23,7 @@ from .case import Case
 GRAPH_PAIRS = 10  # in one graph, as the layers of a model are
 #: Calls of a round whose host time is taken, and those before: the first one after a pause costs several times more.
 HOST_CALLS, HOST_WARMUPS = 100, 5
+TORCH_NAME = "by torch: empty outputs of a dispatch and one small kernel"
 #: Bytes before a flag: none, and an FP8 row of the usual size.
 FLAG_PAYLOADS = (0, 7168)
 LINK_ROWS = 2048
@@ -268,14 +269,18 @@ def _mean(world: World, buffer: deep_ep.Buffer, row: Row, args: argparse.Namespa
 
 
 def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time of the host to enqueue one of many calls: no synchronisation, few tokens so that the device keeps up."""
+    """Time of the host to enqueue one of many calls: no synchronisation, few tokens so that the device keeps up.
+
+    Hosts differ by a factor of two, so torch's own time for what a dispatch cannot do without stands beside the calls.
+    """
     case = Case(world, args, min(args.tokens))
     figures = []
     for form in args.formats:
         workload = Workload(buffer, case, form == "fp8")
-        for row in workload.rows():
+        calls = [(row.key, row.name, row.call) for row in workload.rows()]
+        for key, name, call in [*calls, ("torch", TORCH_NAME, torchs_part(workload.dispatch()[0]))]:
 
-            def enqueue(call: Callable[[], Any] = row.call) -> float:
+            def enqueue(call: Callable[[], Any] = call) -> float:
                 world.barrier()
                 for _ in range(HOST_WARMUPS):
                     call()
@@ -285,8 +290,23 @@ def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace)
                 return (time.perf_counter() - start_s) * 1e6 / HOST_CALLS
 
             times = summary(world.rounds(enqueue))
-            figures.append({"key": row.key, "name": row.name, "format": form, "tokens": case.tokens, **times})
+            figures.append({"key": key, "name": name, "format": form, "tokens": case.tokens, **times})
     return figures
+
+
+def torchs_part(recv_x: torch.Tensor | tuple[torch.Tensor, ...]) -> Callable[[], Any]:
+    """Memory for what a dispatch receives, by ``torch.empty``, and one small kernel of torch."""
+    tensors = (recv_x,) if isinstance(recv_x, torch.Tensor) else recv_x
+    layouts = [(tensor.numel(), tensor.dtype) for tensor in tensors]
+    device = tensors[0].device
+    counter = torch.zeros(1, device=device)
+
+    def call() -> Any:
+        made = [torch.empty(size, dtype=dtype, device=device) for size, dtype in layouts]
+        counter.add_(1)
+        return made
+
+    return call
 
 
 def measure_floors(world: World, args: argparse.Namespace) -> dict[str, Any]:
