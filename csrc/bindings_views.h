@@ -1,6 +1,6 @@
-// Tensors on the memory of another, by the C functions that torch has for code its compiler made: a stable binary interface
-// without torch's headers, at a third of the host time of torch's function for Python. Where torch does not have them,
-// callers take that function.
+// Tensors on the memory of another, by the C functions that torch has for code its compiler made, which need no headers of
+// torch, and one C++ function by which Python gets them: less host time than torch's function for Python (csrc/README.md).
+// Where a torch has not all of them, or makes something else by them, callers take that function.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -110,8 +110,8 @@ void launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, LowLatencyP
     const bool in_lines = num_tokens <= args.ll.layout.dispatch_line_tokens;
     if (in_lines)
         check_limit(shape.num_steps * kLineStepBytes, args.ll.layout.line_row_bytes, name, "a row in lines");
-    // A piece is as short as leaves one for each warp, on the way out and on the way in, and never long: the far end begins
-    // when a piece is whole.
+    // A piece is as short as leaves one for each warp, on the way out and on the way in. The far end begins when a piece is
+    // whole, so it is not long either, unless the row has more than kMaxRowPieces of these.
     constexpr int kMostPieceSteps = 4;
     const int64_t num_warps = static_cast<int64_t>(num_sms) * kNumWarps;
     const int64_t pieces_wanted =

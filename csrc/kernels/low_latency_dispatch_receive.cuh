@@ -186,7 +186,7 @@ __device__ __noinline__ bool agree_with_counts(const LowLatencyDispatchArgs& arg
 // A thread's part of the counts is in the table.
 //
 // Order: each thread's arrival releases to the block what it stored; pairs with await_warps(), which acquires it. So it is with
-// the headers. One arrival for a warp, after its barrier, would do by the memory model, but racecheck cannot follow it.
+// the headers. One arrival for a warp, after its barrier, would do by the memory model, but racecheck reports it.
 __device__ __forceinline__ void arrive_with_counts(BlockState& block, bool is_good) {
     if (!is_good) block.has_failed = 1;
     ptx::mbarrier_arrive(&block.counted);
