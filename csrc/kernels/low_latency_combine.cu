@@ -146,9 +146,9 @@ __device__ __forceinline__ int own_warps(int num_ranks) {
 }
 
 // kSummed: a rank sums what its own experts made of a token before it sends one row. For that it needs the weights, which
-// come from the token's home; so where rows are sent before anything can be awaited they travel one by one, as they do
-// where the home sums them all, or where they travel in LogFMT-10 (kLogFmt), which codes the experts' rows, own ones too.
-// Rows by source are sums already.
+// come from the token's home; so where rows are sent before anything can be awaited they travel one by one unless those are
+// there by chance, as they do where the home sums them all, or where they travel in LogFMT-10 (kLogFmt), which codes the
+// experts' rows, own ones too. Rows by source are sums already.
 template <bool kSummed, bool kLogFmt, bool kBySource>
 __global__ void __launch_bounds__(kNumThreads, 1)
     low_latency_combine(const __grid_constant__ LowLatencyCombineArgs args,
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     workers.index = plan.is_long ? block * num_warps + index : block + index * num_blocks;
     workers.count = num_warps * num_blocks;
     if (sends_here && !is_own)
-        workers.index = serve_homes<kSummed, kLogFmt, kBySource>(args, op, peers, workers);
+        workers.index = serve_homes<kSummed, kLogFmt, kBySource>(args, plan, op, peers, workers);
     if (!op.ends) return;
     if (is_own || num_own_warps == 0)
         serve_own_tokens<kSummed, kLogFmt, kBySource>(args, plan, op, peers, workers);

@@ -57,8 +57,8 @@ struct Run {
     bool in_lines;  // rows come in lines, a step each
     // Weights came with the dispatch, or were applied by the caller.
     bool knows_weights;
-    // Rows leave by their positions, before any home was heard. In a send part those for the own tokens leave with them, since
-    // x may change before they are summed.
+    // Rows leave by their positions, without waiting for any home. In a send part those for the own tokens leave with them,
+    // since x may change before they are summed.
     bool sends_early, own_by_slot;
 };
 

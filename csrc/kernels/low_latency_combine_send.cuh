@@ -8,13 +8,14 @@ namespace deep_ep::ll_combine {
 // A piece that a warp has stored at a home without saying so yet: its fence waits for the link, and meanwhile the rows of the
 // next piece can be loaded and summed.
 struct UnsaidPiece {
-    int home = -1;
-    int64_t flag_at = 0;
+    int home = -1, token, piece;
+    unsigned rows;  // of the token at the home
+    uint64_t kind;  // see sync::publish_pieces
 
-    __device__ __forceinline__ void say(const LowLatencyDomain& ll, uint64_t epoch) {
+    __device__ __forceinline__ void say(const LowLatencyDomain& ll, const Run& op) {
         if (home < 0) return;
-        const int64_t at = flag_at;
-        sync::publish_piece(ll, 1u << home, epoch, [&](int) { return at; });
+        sync::publish_pieces(ll, home, rows, op.epoch, kind,
+                             [&](int which) { return ll.layout.combine_flag(op.set, token, which, piece); });
         home = -1;
     }
 };
@@ -33,7 +34,7 @@ __device__ __forceinline__ bool await_selections(const LowLatencyCombineArgs& ar
     };
     const bool is_here = k >= args.num_topk || try_once();
     // One home must not wait for another.
-    if (!__all_sync(kAllLanes, is_here)) unsaid.say(ll, op.epoch);
+    if (!__all_sync(kAllLanes, is_here)) unsaid.say(ll, op);
     const auto came = sync::wait_by_lanes(ll, kKind, Phase::kPushed, home, op.epoch, is_here, try_once);
     expert = k < args.num_topk ? static_cast<int>(packet.x) : -1;
     if (expert >= op.num_local) expert = -1;  // only after a bug that a test planted
@@ -76,7 +77,7 @@ __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, 
         float sum[kVectors][kPerVector] = {};
         add_weighted(sum, mask, row, weight, step, num_vectors);
         const Rounded partial(sum);
-        unsaid.say(ll, op.epoch);
+        unsaid.say(ll, op);
         if (in_lines) {
             uint8_t* to = ll.region[home] + layout.combine_lines(op.set, token, rank);
             send_step(partial.step(), to, step, op.epoch, k);
@@ -86,24 +87,76 @@ __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, 
         }
     }
     if (in_lines) return;
-    unsaid.home = home;
-    unsaid.flag_at = layout.combine_flag(op.set, token, rank, piece);
+    unsaid = {home, token, piece, 1u << rank, 0};
 }
 
-// Sends one piece of each row that this rank's experts made of a token of `home`, as they are or in LogFMT-10.
+// How long a warp of a send part lets homes tell what they want before rows leave as they are. Ranks that begin at the same
+// time hear of one another within it, and a sum is a fraction of the bytes of its rows; one that comes later costs no more.
+constexpr uint64_t kGraceNs = 2000;
+
+struct Grace {
+    uint64_t until_ns = 0;  // 0: not needed yet
+
+    // One answer for all lanes.
+    __device__ __forceinline__ bool is_over() {
+        const uint64_t now = ptx::globaltimer_ns();
+        if (until_ns == 0) until_ns = now + kGraceNs;
+        return __any_sync(kAllLanes, now >= until_ns);
+    }
+};
+
+// What the lane's selection of a token is, if it can be told by now: of an own token what the caller passes, of another what
+// has come from its home. Else nothing, and the answer is false.
+__device__ __forceinline__ bool peek_selection(const LowLatencyCombineArgs& args, const CombinePlan& plan,
+                                               const Run& op, int home, int token, int& expert,
+                                               float& weight) {
+    const LowLatencyDomain& ll = args.ll;
+    const int rank = ll.domain.rank, k = static_cast<int>(threadIdx.x % 32);
+    expert = -1;
+    if (k >= args.num_topk) return true;
+    const int at = token * args.num_topk + k;
+    if (home == rank) {
+        if (token >= args.num_tokens) return false;
+        const int given = existing(args, selection(args, at));
+        if (given >= 0 && plan.experts.owner(given) == rank) expert = given - plan.experts.first(rank);
+        weight = args.topk_weights[at];
+        return true;
+    }
+    const uint4 packet = sync::peek_packet(ll.region[rank] + ll.layout.combine_selections(op.set, home) +
+                                           int64_t{at} * kPacketBytes);
+    if (!sync::is_here(packet, op.epoch)) return false;
+    expert = static_cast<int>(packet.x);
+    weight = __uint_as_float(packet.y);
+    return true;
+}
+
+// Sends one piece of what this rank's experts made of a token of `home`: of their sum, if it is known by now what the home
+// wants and if it takes sums; else of each row, as they are or in LogFMT-10. The home learns which from the flags.
 template <bool kLogFmt, bool kBySource>
-__device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args, const Run& op,
-                                              const RowPieces& cut, int home, int num_placed, int token,
-                                              int piece) {
+__device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args, const CombinePlan& plan,
+                                              const Run& op, const RowPieces& cut, int home, int num_placed,
+                                              int token, int piece, UnsaidPiece& unsaid, Grace& grace) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
     const int k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
     const int32_t position =
         k < args.num_topk ? position_of<kBySource>(args, home, num_placed, token, k, op.num_local) : -1;
     int expert = position < 0 ? -1 : position_expert(position);
-    float unused;
-    UnsaidPiece none;
-    if (!op.sends_early && !await_selections(args, op, home, token, none, expert, unused)) return;
+    float weight = 0.0f;
+    bool sums = !kLogFmt && !kBySource && !args.sum_at_home;
+    if (!op.sends_early) {
+        if (!await_selections(args, op, home, token, unsaid, expert, weight)) return;
+    } else if (sums && __any_sync(kAllLanes, expert >= 0)) {
+        int wanted;
+        bool is_told = peek_selection(args, plan, op, home, token, wanted, weight);
+        while (!__all_sync(kAllLanes, is_told) && home != ll.domain.rank && !grace.is_over()) {
+            unsaid.say(ll, op);
+            is_told = peek_selection(args, plan, op, home, token, wanted, weight);
+        }
+        // An expert that dispatch did not note would have to be looked up.
+        sums = __all_sync(kAllLanes, is_told && (wanted < 0 || wanted == expert));
+        if (sums) expert = wanted;
+    }
     if (expert >= op.num_local) expert = -1;
     const unsigned rows = distinct<kBySource>(__ballot_sync(kAllLanes, expert >= 0));
     if (rows == 0) return;
@@ -111,6 +164,21 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
     const Steps steps(cut, piece, num_vectors);
     unsigned left = steps.first < steps.end ? rows : 0;
     int step = steps.first;
+    if constexpr (!kLogFmt && !kBySource) {
+        // Without a row there is nothing to add, but the home waits for an answer.
+        const unsigned mask = __ballot_sync(kAllLanes, row != nullptr);
+        auto* to =
+            reinterpret_cast<Vec*>(ll.region[home] + layout.combine_slot(op.set, token, __ffs(rows) - 1));
+#pragma unroll 1
+        for (; sums && step < steps.end; ++step) {
+            float sum[kVectors][kPerVector] = {};
+            add_weighted(sum, mask, row, weight, step, num_vectors);
+            const Rounded partial(sum);
+            unsaid.say(ll, op);
+            partial.write(to, step, num_vectors);
+        }
+        if (sums) left = 0;
+    }
     if constexpr (kLogFmt) {
         logfmt::store_rows(rows, row, steps.first, steps.end, args.hidden, [&](int which) {
             return ll.region[home] + layout.combine_slot(op.set, token, which);
@@ -141,6 +209,7 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
                 left &= left - 1;
             }
         }
+        unsaid.say(ll, op);
 #pragma unroll
         for (int i = 0; i < kRowsAhead; ++i) {
             if (i >= num_loaded) break;
@@ -151,22 +220,26 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
             }
         }
     }
-    sync::publish_pieces(ll, home, rows, op.epoch,
-                         [&](int which) { return layout.combine_flag(op.set, token, which, piece); });
+    unsaid.say(ll, op);
+    unsaid = {home, token, piece, rows, sums ? sync::kSumBit : 0};
+    if constexpr (kLogFmt) unsaid.say(ll, op);
 }
 
 // The jobs of a worker among those of all homes: pieces of tokens. Each rank begins with another home. Returns the worker's
 // first job beyond them.
 template <bool kSummed, bool kLogFmt, bool kBySource>
-__device__ int serve_homes(const LowLatencyCombineArgs& args, const Run& op, const Peers& peers,
-                           const Workers& workers) {
+__device__ int serve_homes(const LowLatencyCombineArgs& args, const CombinePlan& plan, const Run& op,
+                           const Peers& peers, const Workers& workers) {
     int job = workers.index;
     UnsaidPiece unsaid;
+    Grace grace;
     const int num_ranks = args.ll.domain.num_ranks;
     const int num_homes = op.own_by_slot ? num_ranks : num_ranks - 1;
+    // The own tokens first, where others may meanwhile tell what they want.
+    const int first = op.own_by_slot && !kSummed && !kLogFmt ? 0 : 1;
 #pragma unroll 1
     for (int i = 0; i < num_homes; ++i) {
-        const int next = args.ll.domain.rank + 1 + i, home = next < num_ranks ? next : next - num_ranks;
+        const int next = args.ll.domain.rank + first + i, home = next < num_ranks ? next : next - num_ranks;
         // Whether or not they are served, all blocks count the same jobs.
         const bool serves = peers.came[home] == sync::Came::kHere;
         const RowPieces cut = peers.cut[home];
@@ -179,12 +252,13 @@ __device__ int serve_homes(const LowLatencyCombineArgs& args, const Run& op, con
                 send_partial<kBySource>(args, op, cut, peers.in_lines[home], home, peers.num_placed[home],
                                         token, piece, unsaid);
             } else {
-                send_unsummed<kLogFmt, kBySource>(args, op, cut, home, peers.num_placed[home], token, piece);
+                send_unsummed<kLogFmt, kBySource>(args, plan, op, cut, home, peers.num_placed[home], token,
+                                                  piece, unsaid, grace);
             }
         }
         job -= num_jobs;
     }
-    unsaid.say(args.ll, op.epoch);
+    unsaid.say(args.ll, op);
     return job;
 }
 

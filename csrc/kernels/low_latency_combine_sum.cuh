@@ -172,14 +172,14 @@ __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, 
         if (k != __ffs(same_rank) - 1) row = nullptr;
     }
     const bool travels = row != nullptr && (owner != rank || op.own_by_slot);
-#pragma unroll 1
-    for (unsigned left = __ballot_sync(kAllLanes, travels); left != 0; left &= left - 1) {
-        const int which = __ffs(left) - 1, from = __shfl_sync(kAllLanes, owner, which);
-        const int64_t flag = layout.combine_flag(op.set, token, which, piece);
-        const sync::Came came = sync::await_piece(ll, kKind, from, flag, op.epoch);
-        if (came == sync::Came::kFailed) return false;
-        if (came == sync::Came::kMasked && k == which) row = nullptr;
-    }
+    const bool is_first = k == __ffs(__match_any_sync(kAllLanes, travels ? owner : -1)) - 1;
+    sync::Came came;
+    bool is_sum;
+    if (!sync::await_pieces(ll, kKind, travels, owner, layout.combine_flag(op.set, token, k, piece), op.epoch,
+                            came, is_sum))
+        return false;
+    if (came == sync::Came::kMasked || (is_sum && !is_first)) row = nullptr;
+    if (is_sum) weight = 1.0f;
     const unsigned rows = __ballot_sync(kAllLanes, row != nullptr);
     const unsigned ranks = __reduce_or_sync(kAllLanes, row != nullptr ? 1u << owner : 0u);
     const unsigned travelled = kLogFmt ? __ballot_sync(kAllLanes, travels) : 0u;
