@@ -145,11 +145,10 @@ __device__ __forceinline__ int own_warps(int num_ranks) {
     return num_ranks == 1 ? 0 : max(kNumWarps / num_ranks, 2);
 }
 
-// kSummed: a rank sums what its own experts made of a token before it sends one row. For that it needs the weights, which
-// come from the token's home; so where rows are sent before anything can be awaited they travel one by one unless those are
-// there by chance, as they do where the home sums them all, or where they travel in LogFMT-10 (kLogFmt), which codes the
-// experts' rows, own ones too. Rows by source are sums already.
-template <bool kSummed, bool kLogFmt, bool kBySource>
+// A rank sums what its own experts made of a token before it sends one row. For that it needs the weights, which come from the
+// token's home; where rows are sent before anything may be awaited they are not always there (kSumsInTime). Rows by source are
+// sums already.
+template <Form kForm, bool kBySource>
 __global__ void __launch_bounds__(kNumThreads, 1)
     low_latency_combine(const __grid_constant__ LowLatencyCombineArgs args,
                         const __grid_constant__ CombinePlan plan) {
@@ -172,7 +171,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     const bool has_positions = args.positions != nullptr;
     op.ends = plan.part != LowLatencyPart::kSend;
     op.in_lines = plan.in_lines;
-    op.knows_weights = kBySource || (kSummed && args.weights != nullptr);
+    op.knows_weights = kBySource || (kForm == Form::kSums && args.weights != nullptr);
     op.sends_early = op.knows_weights || (plan.part == LowLatencyPart::kSend && has_positions);
     op.own_by_slot = plan.part != LowLatencyPart::kWhole && has_positions;
     op.num_local = plan.experts.count(ll.domain.rank);
@@ -200,11 +199,9 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     Workers workers{};
     workers.index = plan.is_long ? block * num_warps + index : block + index * num_blocks;
     workers.count = num_warps * num_blocks;
-    if (sends_here && !is_own)
-        workers.index = serve_homes<kSummed, kLogFmt, kBySource>(args, plan, op, peers, workers);
+    if (sends_here && !is_own) workers.index = serve_homes<kForm, kBySource>(args, plan, op, peers, workers);
     if (!op.ends) return;
-    if (is_own || num_own_warps == 0)
-        serve_own_tokens<kSummed, kLogFmt, kBySource>(args, plan, op, peers, workers);
+    if (is_own || num_own_warps == 0) serve_own_tokens<kForm, kBySource>(args, plan, op, peers, workers);
     if (!is_leader()) return;
     __syncthreads();
     if (threadIdx.x == 0) sync::note_received(ll, kKind, op.epoch);
@@ -215,11 +212,12 @@ __global__ void __launch_bounds__(kNumThreads, 1)
 }
 
 using Kernel = void (*)(LowLatencyCombineArgs, CombinePlan);
-constexpr Kernel kUnsummedRows = low_latency_combine<false, false, false>;
-constexpr Kernel kSummedRows = low_latency_combine<true, false, false>;
-constexpr Kernel kLogFmtRows = low_latency_combine<false, true, false>;
-constexpr Kernel kSummedBySourceRows = low_latency_combine<true, false, true>;
-constexpr Kernel kLogFmtBySourceRows = low_latency_combine<false, true, true>;
+constexpr Kernel kSums = low_latency_combine<Form::kSums, false>;
+constexpr Kernel kSumsInTime = low_latency_combine<Form::kSumsInTime, false>;
+constexpr Kernel kRows = low_latency_combine<Form::kRows, false>;
+constexpr Kernel kLogFmt = low_latency_combine<Form::kLogFmt, false>;
+constexpr Kernel kSumsBySource = low_latency_combine<Form::kSums, true>;
+constexpr Kernel kLogFmtBySource = low_latency_combine<Form::kLogFmt, true>;
 
 // A grid for jobs of about `num_tokens` tokens; few jobs for each block, since latency counts.
 unsigned num_blocks(const LowLatencyCombineArgs& args, const RowPieces& cut, int num_sms) {
@@ -232,8 +230,7 @@ unsigned num_blocks(const LowLatencyCombineArgs& args, const RowPieces& cut, int
 }  // namespace
 
 void prepare_low_latency_combine() {
-    for (const Kernel kernel :
-         {kUnsummedRows, kSummedRows, kLogFmtRows, kSummedBySourceRows, kLogFmtBySourceRows})
+    for (const Kernel kernel : {kSums, kSumsInTime, kRows, kLogFmt, kSumsBySource, kLogFmtBySource})
         load_kernel(kernel, "low_latency_combine");
 }
 
@@ -279,22 +276,24 @@ void launch_low_latency_combine(const LowLatencyCombineArgs& given, LowLatencyPa
     if (args.use_logfmt) {
         args.weights = nullptr;
         // Codes take the warps longer than the link.
-        launch(args.expert_major ? kLogFmtRows : kLogFmtBySourceRows, false, false,
+        launch(args.expert_major ? kLogFmt : kLogFmtBySource, false, false,
                logfmt::cut_row(args.hidden, wanted));
     } else if (!args.expert_major) {
         // All ranks cut alike without having heard of each other; so they do below.
-        launch_summed(kSummedBySourceRows, args.num_max_tokens);
+        launch_summed(kSumsBySource, args.num_max_tokens);
     } else if (args.weights != nullptr && !args.sum_at_home) {
-        launch_summed(kSummedRows, args.num_max_tokens);
+        launch_summed(kSums, args.num_max_tokens);
     } else if (part == LowLatencyPart::kWhole && !args.sum_at_home) {
         args.weights = nullptr;
-        launch_summed(kSummedRows, args.num_tokens);
+        launch_summed(kSums, args.num_tokens);
     } else {
-        // Ranks that sum and ranks that do not would wait for each other's flags.
+        // Ranks that take what comes, sums or rows, and ranks that expect sums do not go together.
         constexpr uint64_t kOtherSignature = 0x5DEECE66D;
         args.signature ^= kOtherSignature;
         args.weights = nullptr;
-        launch(kUnsummedRows, false, true, cut_row(row_bytes, wanted));
+        const bool in_lines = !args.sum_at_home && args.num_max_tokens <= num_line_tokens;
+        launch(in_lines ? kSumsInTime : kRows, in_lines, true,
+               in_lines ? by_steps(args.hidden) : cut_row(row_bytes, wanted));
     }
 }
 

@@ -19,6 +19,8 @@ constexpr int kRowsAhead = 4;                     // rows of a step that a lane 
 constexpr int kLineRowsAhead = 2;                 // the same in lines
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr auto kKind = LowLatencyKind::kCombine;
+// In a line in place of a sum: the rows of its rank lie in slots, one by one.
+constexpr uint32_t kRowsApart = 1;
 using Vec = Pack<uint16_t, kPerVector>;
 
 // What a block knows of the peers, in shared memory.
@@ -31,6 +33,14 @@ struct Peers {
     SmallDivider by_pieces[kMaxPeers];
     bool in_lines[kMaxPeers];  // rows go there in lines
     uint64_t waited_ns[kMaxPeers];
+};
+
+// What a rank sends of the rows that its experts made of a token.
+enum class Form {
+    kSums,        // their sum, once the weights are known
+    kSumsInTime,  // their sum, in lines, if the weights are known in time; else each row
+    kRows,        // each row
+    kLogFmt,      // each row in LogFMT-10, also to itself
 };
 
 // How the host cut the work.

@@ -5,24 +5,38 @@
 
 namespace deep_ep::ll_combine {
 
+// Says in the lines of a sum that its rows came in slots. A call, as it is rare.
+__device__ __noinline__ inline void say_apart(const LowLatencyDomain& ll, int home, int64_t lines_at,
+                                              int step, uint64_t epoch) {
+    sync::release_to_lines(ll, home, epoch);
+    send_step({{}, kRowsApart}, ll.region[home] + lines_at, step, epoch, static_cast<int>(threadIdx.x % 32));
+}
+
 // A piece that a warp has stored at a home without saying so yet: its fence waits for the link, and meanwhile the rows of the
 // next piece can be loaded and summed.
+template <Form kForm>
 struct UnsaidPiece {
     int home = -1, token, piece;
     unsigned rows;  // of the token at the home
-    uint64_t kind;  // see sync::publish_pieces
 
     __device__ __forceinline__ void say(const LowLatencyDomain& ll, const Run& op) {
         if (home < 0) return;
-        sync::publish_pieces(ll, home, rows, op.epoch, kind,
-                             [&](int which) { return ll.layout.combine_flag(op.set, token, which, piece); });
+        if constexpr (kForm == Form::kSumsInTime) {
+            say_apart(ll, home, ll.layout.combine_lines(op.set, token, ll.domain.rank), piece, op.epoch);
+        } else {
+            sync::publish_pieces(ll, home, rows, op.epoch, [&](int which) {
+                return ll.layout.combine_flag(op.set, token, which, piece);
+            });
+        }
         home = -1;
     }
 };
 
 // What a home told of a token: the lane's selection, -1 for one of another rank. False if it no longer matters.
+template <Form kForm>
 __device__ __forceinline__ bool await_selections(const LowLatencyCombineArgs& args, const Run& op, int home,
-                                                 int token, UnsaidPiece& unsaid, int& expert, float& weight) {
+                                                 int token, UnsaidPiece<kForm>& unsaid, int& expert,
+                                                 float& weight) {
     const LowLatencyDomain& ll = args.ll;
     const int k = static_cast<int>(threadIdx.x % 32);
     const uint8_t* at = ll.region[ll.domain.rank] + ll.layout.combine_selections(op.set, home) +
@@ -54,7 +68,7 @@ __device__ __forceinline__ float known_weight(const LowLatencyCombineArgs& args,
 template <bool kBySource>
 __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, const Run& op,
                                              const RowPieces& cut, bool in_lines, int home, int num_placed,
-                                             int token, int piece, UnsaidPiece& unsaid) {
+                                             int token, int piece, UnsaidPiece<Form::kSums>& unsaid) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
     const int rank = ll.domain.rank, k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
@@ -87,7 +101,7 @@ __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, 
         }
     }
     if (in_lines) return;
-    unsaid = {home, token, piece, 1u << rank, 0};
+    unsaid = {home, token, piece, 1u << rank};
 }
 
 // How long a warp of a send part lets homes tell what they want before rows leave as they are. Ranks that begin at the same
@@ -130,12 +144,13 @@ __device__ __forceinline__ bool peek_selection(const LowLatencyCombineArgs& args
     return true;
 }
 
-// Sends one piece of what this rank's experts made of a token of `home`: of their sum, if it is known by now what the home
-// wants and if it takes sums; else of each row, as they are or in LogFMT-10. The home learns which from the flags.
-template <bool kLogFmt, bool kBySource>
+// Sends one piece of what this rank's experts made of a token of `home`: of each row, as they are or in LogFMT-10. In kSumsInTime
+// a step of their sum, if it is known by now what the home wants; else a line in its place tells of the rows.
+template <Form kForm, bool kBySource>
 __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args, const CombinePlan& plan,
                                               const Run& op, const RowPieces& cut, int home, int num_placed,
-                                              int token, int piece, UnsaidPiece& unsaid, Grace& grace) {
+                                              int token, int piece, UnsaidPiece<kForm>& unsaid,
+                                              Grace& grace) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
     const int k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
@@ -143,7 +158,7 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
         k < args.num_topk ? position_of<kBySource>(args, home, num_placed, token, k, op.num_local) : -1;
     int expert = position < 0 ? -1 : position_expert(position);
     float weight = 0.0f;
-    bool sums = !kLogFmt && !kBySource && !args.sum_at_home;
+    bool sums = kForm == Form::kSumsInTime;
     if (!op.sends_early) {
         if (!await_selections(args, op, home, token, unsaid, expert, weight)) return;
     } else if (sums && __any_sync(kAllLanes, expert >= 0)) {
@@ -161,25 +176,21 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
     const unsigned rows = distinct<kBySource>(__ballot_sync(kAllLanes, expert >= 0));
     if (rows == 0) return;
     const uint8_t* row = expert >= 0 ? locate<kBySource>(args, home, token, expert, position) : nullptr;
+    if (kForm == Form::kSumsInTime && sums) {
+        // Without a row there is nothing to add, but the home waits for an answer.
+        const unsigned mask = __ballot_sync(kAllLanes, row != nullptr);
+        float sum[kVectors][kPerVector] = {};
+        add_weighted(sum, mask, row, weight, piece, num_vectors);
+        const Rounded partial(sum);
+        unsaid.say(ll, op);
+        uint8_t* to = ll.region[home] + layout.combine_lines(op.set, token, ll.domain.rank);
+        send_step(partial.step(), to, piece, op.epoch, k);
+        return;
+    }
     const Steps steps(cut, piece, num_vectors);
     unsigned left = steps.first < steps.end ? rows : 0;
     int step = steps.first;
-    if constexpr (!kLogFmt && !kBySource) {
-        // Without a row there is nothing to add, but the home waits for an answer.
-        const unsigned mask = __ballot_sync(kAllLanes, row != nullptr);
-        auto* to =
-            reinterpret_cast<Vec*>(ll.region[home] + layout.combine_slot(op.set, token, __ffs(rows) - 1));
-#pragma unroll 1
-        for (; sums && step < steps.end; ++step) {
-            float sum[kVectors][kPerVector] = {};
-            add_weighted(sum, mask, row, weight, step, num_vectors);
-            const Rounded partial(sum);
-            unsaid.say(ll, op);
-            partial.write(to, step, num_vectors);
-        }
-        if (sums) left = 0;
-    }
-    if constexpr (kLogFmt) {
+    if constexpr (kForm == Form::kLogFmt) {
         logfmt::store_rows(rows, row, steps.first, steps.end, args.hidden, [&](int which) {
             return ll.region[home] + layout.combine_slot(op.set, token, which);
         });
@@ -221,39 +232,46 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
         }
     }
     unsaid.say(ll, op);
-    unsaid = {home, token, piece, rows, sums ? sync::kSumBit : 0};
-    if constexpr (kLogFmt) unsaid.say(ll, op);
+    unsaid = {home, token, piece, rows};
+    if constexpr (kForm == Form::kLogFmt) unsaid.say(ll, op);
 }
 
 // The jobs of a worker among those of all homes: pieces of tokens. Each rank begins with another home. Returns the worker's
 // first job beyond them.
-template <bool kSummed, bool kLogFmt, bool kBySource>
+template <Form kForm, bool kBySource>
 __device__ int serve_homes(const LowLatencyCombineArgs& args, const CombinePlan& plan, const Run& op,
                            const Peers& peers, const Workers& workers) {
     int job = workers.index;
-    UnsaidPiece unsaid;
+    UnsaidPiece<kForm> unsaid;
     Grace grace;
-    const int num_ranks = args.ll.domain.num_ranks;
-    const int num_homes = op.own_by_slot ? num_ranks : num_ranks - 1;
-    // The own tokens first, where others may meanwhile tell what they want.
-    const int first = op.own_by_slot && !kSummed && !kLogFmt ? 0 : 1;
+    // The own tokens last, as they do not take the link. In kSumsInTime each warp begins with one of them, while the others tell
+    // what they want.
+    const int num_ranks = args.ll.domain.num_ranks, end = op.own_by_slot ? num_ranks : num_ranks - 1;
 #pragma unroll 1
-    for (int i = 0; i < num_homes; ++i) {
-        const int next = args.ll.domain.rank + first + i, home = next < num_ranks ? next : next - num_ranks;
+    for (int i = kForm == Form::kSumsInTime && op.own_by_slot ? 0 : 1; i <= end; ++i) {
+        const int next = args.ll.domain.rank + i, home = next < num_ranks ? next : next - num_ranks;
         // Whether or not they are served, all blocks count the same jobs.
         const bool serves = peers.came[home] == sync::Came::kHere;
-        const RowPieces cut = peers.cut[home];
-        const int num_jobs = peers.num_tokens[home] * cut.count;
+        // In kSumsInTime all are alike, whatever a home says.
+        const RowPieces cut = kForm == Form::kSumsInTime ? plan.cut : peers.cut[home];
+        const SmallDivider& by_pieces = kForm == Form::kSumsInTime ? plan.by_pieces : peers.by_pieces[home];
+        int first_job = 0, num_jobs = peers.num_tokens[home] * cut.count;
+        if (kForm == Form::kSumsInTime && home == args.ll.domain.rank) {
+            const int at_once = min(num_jobs, workers.count);
+            if (i != 0) first_job = at_once;
+            num_jobs = i == 0 ? at_once : num_jobs - at_once;
+        }
 #pragma unroll 1
         for (; job < num_jobs; job += workers.count) {
             if (!serves) continue;
-            const int token = peers.by_pieces[home].quotient(job), piece = job - token * cut.count;
-            if constexpr (kSummed) {
+            const int token = by_pieces.quotient(first_job + job);
+            const int piece = first_job + job - token * cut.count;
+            if constexpr (kForm == Form::kSums) {
                 send_partial<kBySource>(args, op, cut, peers.in_lines[home], home, peers.num_placed[home],
                                         token, piece, unsaid);
             } else {
-                send_unsummed<kLogFmt, kBySource>(args, plan, op, cut, home, peers.num_placed[home], token,
-                                                  piece, unsaid, grace);
+                send_unsummed<kForm, kBySource>(args, plan, op, cut, home, peers.num_placed[home], token,
+                                                piece, unsaid, grace);
             }
         }
         job -= num_jobs;

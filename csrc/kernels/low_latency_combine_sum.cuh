@@ -8,10 +8,12 @@ namespace deep_ep::ll_combine {
 constexpr unsigned kFailedParts = 0xFFFFFFFFu;
 
 // Partial sums of a step by the first kLineRowsAhead ranks of `left`, zeros of one that was masked meanwhile; `own` is this
-// rank's. Returns the ranks that remain, kFailedParts after a failure.
+// rank's. Returns the ranks that remain, kFailedParts after a failure. kMayBeApart: a rank's rows may lie one by one, and this
+// rank's do if they did not travel; `apart` gets these ranks, whose parts remain zeros.
+template <bool kMayBeApart, int kNumParts>
 __device__ __forceinline__ unsigned take_lines(const LowLatencyCombineArgs& args, const Run& op,
                                                unsigned left, int token, int step, const Vec (&own)[kVectors],
-                                               Vec (&parts)[kRowsAhead][kVectors]) {
+                                               Vec (&parts)[kNumParts][kVectors], unsigned& apart) {
     const LowLatencyDomain& ll = args.ll;
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int at_hand = op.own_by_slot ? -1 : ll.domain.rank;
@@ -28,6 +30,10 @@ __device__ __forceinline__ unsigned take_lines(const LowLatencyCombineArgs& args
 #pragma unroll
     for (int i = 0; i < kLineRowsAhead; ++i) {
         if (ranks[i] < 0) break;
+        if (kMayBeApart && ranks[i] == at_hand) {
+            apart |= 1u << ranks[i];
+            continue;
+        }
         if (ranks[i] == at_hand) {
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) parts[i][v] = own[v];
@@ -38,6 +44,10 @@ __device__ __forceinline__ unsigned take_lines(const LowLatencyCombineArgs& args
         if (came == sync::Came::kFailed) return kFailedParts;
         if (came == sync::Came::kMasked) continue;
         const RowStep part = peeked[i].step(lane);
+        if (kMayBeApart && __shfl_sync(kAllLanes, part.scale_word, 0) == kRowsApart) {
+            apart |= 1u << ranks[i];
+            continue;
+        }
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) parts[i][v] = *reinterpret_cast<const Vec*>(&part.halves[v]);
     }
@@ -125,7 +135,8 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
 #pragma unroll 1
         for (unsigned left = ranks; left != 0;) {
             Vec parts[kRowsAhead][kVectors] = {};
-            left = op.in_lines ? take_lines(args, op, left, token, step, own, parts)
+            unsigned none = 0;
+            left = op.in_lines ? take_lines<false>(args, op, left, token, step, own, parts, none)
                                : take_slots(args, op, left, token, step, own, parts);
             if (left == kFailedParts) return false;
             // A part that is absent is +0, which changes no sum that began with +0.
@@ -140,8 +151,64 @@ __device__ __forceinline__ bool sum_partials(const LowLatencyCombineArgs& args, 
     return true;
 }
 
+struct PartialStep {
+    Vec v[kVectors];
+};
+
+// Sums a step of the rows at `mask`, each times its weight, as their rank would have. A call, as it is rare.
+__device__ __noinline__ inline PartialStep sum_apart(unsigned mask, const uint8_t* row, float weight,
+                                                     int step, int num_vectors) {
+    float sum[kVectors][kPerVector] = {};
+    add_weighted(sum, mask, row, weight, step, num_vectors);
+    PartialStep partial;
+    VectorRounder<Bf16, kPerVector> rounder;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) partial.v[v] = rounder.round(sum[v]);
+    return partial;
+}
+
+// Sums a step of an own token from the ranks' partial sums, or, of ranks that could not make them in time, from their rows.
+// owner, row, weight: of the lane's selection; row: where it lies, or would come. False after a failure.
+__device__ __forceinline__ bool sum_lines(const LowLatencyCombineArgs& args, const Run& op, int owner,
+                                          const uint8_t* row, float weight, int token, int step, Vec* out) {
+    const int num_vectors = args.hidden / 8;
+    const Vec none[kVectors] = {};
+    float sum[kVectors][kPerVector] = {};
+#pragma unroll 1
+    for (unsigned left = __reduce_or_sync(kAllLanes, row != nullptr ? 1u << owner : 0u); left != 0;) {
+        Vec parts[kLineRowsAhead][kVectors] = {};
+        unsigned apart = 0, taken = left;
+        left = take_lines<true>(args, op, left, token, step, none, parts, apart);
+        if (left == kFailedParts) return false;
+        taken &= ~left;
+        if (apart != 0) sync::acquire_after_lines();
+#pragma unroll 1
+        for (int i = 0; apart != 0; ++i, taken &= taken - 1) {
+            const int from = __ffs(taken) - 1;
+            if ((apart >> from & 1u) == 0) continue;
+            apart &= apart - 1;
+            const unsigned mask = __ballot_sync(kAllLanes, row != nullptr && owner == from);
+            const PartialStep partial = sum_apart(mask, row, weight, step, num_vectors);
+#pragma unroll
+            for (int j = 0; j < kLineRowsAhead; ++j) {
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v) {
+                    if (j == i) parts[j][v] = partial.v[v];
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kLineRowsAhead; ++i) {
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) add_vector(sum[v], parts[i][v]);
+        }
+    }
+    Rounded(sum).write(out, step, num_vectors);
+    return true;
+}
+
 // Sums one piece of an own token from the experts' rows. False after a failure.
-template <bool kLogFmt, bool kBySource>
+template <Form kForm, bool kBySource>
 __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, const CombinePlan& plan,
                                              const Run& op, unsigned here, int token, int piece,
                                              const Peers& peers) {
@@ -172,23 +239,22 @@ __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, 
         if (k != __ffs(same_rank) - 1) row = nullptr;
     }
     const bool travels = row != nullptr && (owner != rank || op.own_by_slot);
-    const bool is_first = k == __ffs(__match_any_sync(kAllLanes, travels ? owner : -1)) - 1;
+    auto* out = reinterpret_cast<Vec*>(args.out + static_cast<int64_t>(token) * args.hidden * 2);
+    if constexpr (kForm == Form::kSumsInTime)
+        return sum_lines(args, op, owner, row, weight, token, piece, out);
     sync::Came came;
-    bool is_sum;
     if (!sync::await_pieces(ll, kKind, travels, owner, layout.combine_flag(op.set, token, k, piece), op.epoch,
-                            came, is_sum))
+                            came))
         return false;
-    if (came == sync::Came::kMasked || (is_sum && !is_first)) row = nullptr;
-    if (is_sum) weight = 1.0f;
+    if (came == sync::Came::kMasked) row = nullptr;
     const unsigned rows = __ballot_sync(kAllLanes, row != nullptr);
     const unsigned ranks = __reduce_or_sync(kAllLanes, row != nullptr ? 1u << owner : 0u);
-    const unsigned travelled = kLogFmt ? __ballot_sync(kAllLanes, travels) : 0u;
-    auto* out = reinterpret_cast<Vec*>(args.out + static_cast<int64_t>(token) * args.hidden * 2);
+    const unsigned travelled = kForm == Form::kLogFmt ? __ballot_sync(kAllLanes, travels) : 0u;
     const Steps steps(plan.cut, piece, num_vectors);
 #pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
         float sum[kVectors][kPerVector] = {};
-        if constexpr (kLogFmt) {
+        if constexpr (kForm == Form::kLogFmt) {
             // All at once or by their ranks, from one place: the code is large.
 #pragma unroll 1
             for (unsigned left = args.sum_at_home ? 1u : ranks; left != 0; left &= left - 1) {
@@ -225,7 +291,7 @@ __device__ __forceinline__ bool sum_unsummed(const LowLatencyCombineArgs& args, 
     return true;
 }
 
-template <bool kSummed, bool kLogFmt, bool kBySource>
+template <Form kForm, bool kBySource>
 __device__ void serve_own_tokens(const LowLatencyCombineArgs& args, const CombinePlan& plan, const Run& op,
                                  const Peers& peers, const Workers& workers) {
     const int lane = static_cast<int>(threadIdx.x % 32);
@@ -237,10 +303,10 @@ __device__ void serve_own_tokens(const LowLatencyCombineArgs& args, const Combin
 #pragma unroll 1
     for (int job = workers.index; goes_on && job < num_jobs; job += workers.count) {
         const int token = plan.by_pieces.quotient(job), piece = job - token * plan.cut.count;
-        if constexpr (kSummed) {
+        if constexpr (kForm == Form::kSums) {
             goes_on = sum_partials<kBySource>(args, plan, op, here, token, piece, peers);
         } else {
-            goes_on = sum_unsummed<kLogFmt, kBySource>(args, plan, op, here, token, piece, peers);
+            goes_on = sum_unsummed<kForm, kBySource>(args, plan, op, here, token, piece, peers);
         }
     }
 }

@@ -206,7 +206,7 @@ struct LowLatencyLayout {
         return dispatch_lines_at + row * line_row_bytes;
     }
 
-    // j: a rank, or a k: of each row, or of the first one of a sum (see sync::kSumBit).
+    // j: a rank, or, unsummed, a k.
     DEEP_EP_HOST_DEVICE int64_t combine_row(int set, int token, int j) const {
         return (static_cast<int64_t>(set) * num_max_tokens + token) * rows_per_token() + j;
     }

@@ -7,6 +7,7 @@
 //   a tagged word               send_word()                   peek_word(), is_here()
 //   a packet                    send_packet()                 peek_packet(), is_here()
 //   a line                      ptx::st_line()                ptx::ld_line(), is_here() of its last 16 bytes
+//   a line after rows           release_to_lines()            acquire_after_lines()
 //   a piece of a row            publish_piece(), release      await_piece(), acquire
 //   pieces of several rows      publish_pieces(), release     await_pieces(), acquire
 //   leave to use a set again    note_received(), then         peek_rooms(), await_room()
@@ -370,6 +371,20 @@ __device__ __forceinline__ Came await_header(const LowLatencyDomain& ll, LowLate
     return Came::kFailed;
 }
 
+// Between rows that a warp has stored at `to` and lines that tell of them, and between those lines and loads of the rows. By
+// all lanes of a warp.
+//
+// Order: the warp barrier brings what other lanes stored, or saw, to each lane's fence.
+__device__ __forceinline__ void release_to_lines(const LowLatencyDomain& ll, int to, uint64_t epoch) {
+    __syncwarp();
+    may_dawdle(ll.domain, Site::kPublish, to, epoch);
+    ptx::fence_acq_rel_sys();
+}
+__device__ __forceinline__ void acquire_after_lines() {
+    __syncwarp();
+    ptx::fence_acq_rel_sys();
+}
+
 // Sends a piece that the calling warp has stored at the ranks of `to` (bits). By all lanes; flag_at(rank) is where the
 // piece's flag lies in that rank's region, in bytes.
 //
@@ -385,20 +400,16 @@ __device__ __forceinline__ void publish_piece(const LowLatencyDomain& ll, unsign
     ptx::st_relaxed_sys(reinterpret_cast<uint64_t*>(ll.region[peer] + flag_at(peer)), epoch);
 }
 
-// Beside the epoch in the flag of a piece: the first of its rows holds their sum, and the others hold nothing.
-constexpr uint64_t kSumBit = uint64_t{1} << 63;
-
-// The same for pieces of several rows that the warp has stored at one rank: bit i of `rows` has its flag at flag_at(i). kind: 0
-// or kSumBit.
+// The same for pieces of several rows that the warp has stored at one rank: bit i of `rows` has its flag at flag_at(i).
 template <class FlagAt>
 __device__ __forceinline__ void publish_pieces(const LowLatencyDomain& ll, int to, unsigned rows,
-                                               uint64_t epoch, uint64_t kind, const FlagAt& flag_at) {
+                                               uint64_t epoch, const FlagAt& flag_at) {
     __syncwarp();
     const int row = static_cast<int>(threadIdx.x % 32);
     if ((rows >> row & 1u) == 0) return;
     may_dawdle(ll.domain, Site::kPublish, to, epoch);
     ptx::fence_acq_rel_sys();
-    ptx::st_relaxed_sys(reinterpret_cast<uint64_t*>(ll.region[to] + flag_at(row)), epoch | kind);
+    ptx::st_relaxed_sys(reinterpret_cast<uint64_t*>(ll.region[to] + flag_at(row)), epoch);
 }
 
 // Waits for a piece of `from` whose flag lies `flag_at` bytes into the own region. By all lanes of a warp, so that each
@@ -408,31 +419,25 @@ __device__ __forceinline__ Came await_piece(const LowLatencyDomain& ll, LowLaten
     if (takes_unawaited(ll.domain)) return Came::kHere;
     const auto* flag = reinterpret_cast<const uint64_t*>(ll.region[ll.domain.rank] + flag_at);
     may_dawdle(ll.domain, Site::kAwaitPushed, from, epoch);
-    const auto try_once = [&] { return (ptx::ld_acquire_sys(flag) & ~kSumBit) >= epoch; };
+    const auto try_once = [&] { return ptx::ld_acquire_sys(flag) >= epoch; };
     return wait_by_lanes(ll, kind, Phase::kPushed, from, epoch, try_once(), try_once);
 }
 
 // The same for pieces that several lanes wait for, each for one of its own. came: for the lane, kHere where it waits for
-// nothing. is_sum: of the lane's piece. False after a failure, for all lanes.
+// nothing. False after a failure, for all lanes.
 //
 // Order: a lane's load acquires its piece, and the warp barrier brings that to the others, who load the piece too.
 __device__ __forceinline__ bool await_pieces(const LowLatencyDomain& ll, LowLatencyKind kind, bool waits,
-                                             int from, int64_t flag_at, uint64_t epoch, Came& came,
-                                             bool& is_sum) {
+                                             int from, int64_t flag_at, uint64_t epoch, Came& came) {
     constexpr unsigned kAll = 0xFFFFFFFFu;
     const auto* flag = reinterpret_cast<const uint64_t*>(ll.region[ll.domain.rank] + flag_at);
     came = Came::kHere;
-    is_sum = false;
     if (takes_unawaited(ll.domain)) return true;
     if (waits) may_dawdle(ll.domain, Site::kAwaitPushed, from, epoch);
 #pragma unroll 1
     while (true) {
         // All that are left in one round, as each load takes long; then for the first of those that are not there.
-        if (waits) {
-            const uint64_t seen = ptx::ld_acquire_sys(flag);
-            is_sum = (seen & kSumBit) != 0;
-            waits = (seen & ~kSumBit) < epoch;
-        }
+        if (waits) waits = ptx::ld_acquire_sys(flag) < epoch;
         const unsigned left = __ballot_sync(kAll, waits);
         if (left == 0) break;
         const int which = __ffs(left) - 1;
@@ -441,7 +446,7 @@ __device__ __forceinline__ bool await_pieces(const LowLatencyDomain& ll, LowLate
         if (its == Came::kFailed) return false;
         if (its == Came::kMasked && static_cast<int>(threadIdx.x % 32) == which) {
             came = its;
-            waits = is_sum = false;
+            waits = false;
         }
     }
     __syncwarp();
