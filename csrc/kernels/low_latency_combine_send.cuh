@@ -144,8 +144,8 @@ __device__ __forceinline__ bool peek_selection(const LowLatencyCombineArgs& args
     return true;
 }
 
-// Sends one piece of what this rank's experts made of a token of `home`: of each row, as they are or in LogFMT-10. In kSumsInTime
-// a step of their sum, if it is known by now what the home wants; else a line in its place tells of the rows.
+// Sends one piece of what this rank's experts made of a token of `home`: of each row, as they are or in LogFMT-10. In
+// kSumsInTime a step of their sum, if it is known by now what the home wants; else lines in its place tell of the rows.
 template <Form kForm, bool kBySource>
 __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args, const CombinePlan& plan,
                                               const Run& op, const RowPieces& cut, int home, int num_placed,
@@ -244,8 +244,8 @@ __device__ int serve_homes(const LowLatencyCombineArgs& args, const CombinePlan&
     int job = workers.index;
     UnsaidPiece<kForm> unsaid;
     Grace grace;
-    // The own tokens last, as they do not take the link. In kSumsInTime each warp begins with one of them, while the others tell
-    // what they want.
+    // The own tokens last, as they do not take the link. In kSumsInTime each warp begins with one of them, while the others
+    // tell what they want.
     const int num_ranks = args.ll.domain.num_ranks, end = op.own_by_slot ? num_ranks : num_ranks - 1;
 #pragma unroll 1
     for (int i = kForm == Form::kSumsInTime && op.own_by_slot ? 0 : 1; i <= end; ++i) {
