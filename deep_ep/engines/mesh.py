@@ -323,14 +323,20 @@ class Mesh:
         tag = self._tag(phase)
         recvs: list[tuple[Any, int]] = []
         sends: list[tuple[Any, int]] = []
+        broken: list[tuple[int, str]] = []
         for peer in peers:
             received[peer] = torch.empty_like(mine)
             try:
                 recvs.append((self._gloo.recv([received[peer]], peer, tag), peer))
                 sends.append((self._gloo.send([mine], peer, tag), peer))
             except RuntimeError as error:
-                self._lose(peer, what, str(error), 0.0, tolerate)
-                lost.append(peer)
+                broken.append((peer, str(error)))
+        # Only now, or the others would wait for this rank's message in place of noticing the same.
+        if broken and not tolerate:
+            self._abandoned += [(work, mine) for work, _ in sends]
+        for peer, error_text in broken:
+            self._lose(peer, what, error_text, 0.0, tolerate)
+            lost.append(peer)
         lost += [peer for work, peer in recvs if peer not in lost and not self._wait(work, peer, what, tolerate)]
         for peer in lost:
             del received[peer]
@@ -444,6 +450,7 @@ class Batch:
         self._tolerate = tolerate
         self._pending: list[tuple[Any, int, torch.Tensor]] = []
         self._lost: list[int] = []
+        self._broken: list[tuple[int, str]] = []
 
     def recv(self, peer: int, message: torch.Tensor) -> None:
         """Start to fill ``message`` from ``peer``."""
@@ -460,7 +467,8 @@ class Batch:
         try:
             work = getattr(gloo, method)([message], peer, self._mesh._tag(self._phase))
         except RuntimeError as error:
-            self._mesh._lose(peer, self._what, str(error), 0.0, self._tolerate)
+            # Raised by wait(): the messages to the others are to leave before.
+            self._broken.append((peer, str(error)))
             self._lost.append(peer)
             return
         self._pending.append((work, peer, message))
@@ -472,6 +480,11 @@ class Batch:
             CommTimeout: a peer did not answer before the deadline.
             PeerError: the connection to a peer broke.
         """
+        if self._broken and not self._tolerate:
+            self._mesh._abandoned += [(work, message) for work, _, message in self._pending]
+        for peer, error in self._broken:
+            self._mesh._lose(peer, self._what, error, 0.0, self._tolerate)
+        self._broken.clear()
         for work, peer, _ in self._pending:
             if peer not in self._lost and not self._mesh._wait(work, peer, self._what, self._tolerate):
                 self._lost.append(peer)
