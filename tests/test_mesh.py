@@ -59,7 +59,7 @@ def test_others_get_their_message_before_a_loss_is_raised(closed):
 
 @pytest.mark.parametrize("closed", [1, 3])
 def test_a_tolerated_loss_is_told(closed):
-    mesh, connections = mesh_of_four(closed)
+    mesh, _ = mesh_of_four(closed)
     received, lost = mesh.all_gather(0, "header", torch.zeros(3), [1, 2, 3], lambda message: False, tolerate=True)
     assert lost == [closed]
     assert sorted(received) == [rank for rank in range(4) if rank != closed]
