@@ -31,7 +31,10 @@ __device__ __forceinline__ bool begin_block(const LowLatencyCombineArgs& args, c
         peers.came[peer] = came;
         peers.waited_ns[peer] = 0;
     }
-    if (peer == 0) peers.epoch = epoch;
+    if (peer == 0) {
+        peers.epoch = epoch;
+        peers.apart_under_way = 0;
+    }
     return true;
 }
 

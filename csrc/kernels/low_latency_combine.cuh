@@ -33,6 +33,7 @@ struct Peers {
     SmallDivider by_pieces[kMaxPeers];
     bool in_lines[kMaxPeers];  // rows go there in lines
     uint64_t waited_ns[kMaxPeers];
+    int apart_under_way;  // see ApartRows
 };
 
 // What a rank sends of the rows that its experts made of a token.

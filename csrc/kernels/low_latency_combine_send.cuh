@@ -14,29 +14,21 @@ __device__ __noinline__ inline void say_apart(const LowLatencyDomain& ll, int ho
 
 // A piece that a warp has stored at a home without saying so yet: its fence waits for the link, and meanwhile the rows of the
 // next piece can be loaded and summed.
-template <Form kForm>
 struct UnsaidPiece {
     int home = -1, token, piece;
     unsigned rows;  // of the token at the home
 
     __device__ __forceinline__ void say(const LowLatencyDomain& ll, const Run& op) {
         if (home < 0) return;
-        if constexpr (kForm == Form::kSumsInTime) {
-            say_apart(ll, home, ll.layout.combine_lines(op.set, token, ll.domain.rank), piece, op.epoch);
-        } else {
-            sync::publish_pieces(ll, home, rows, op.epoch, [&](int which) {
-                return ll.layout.combine_flag(op.set, token, which, piece);
-            });
-        }
+        sync::publish_pieces(ll, home, rows, op.epoch,
+                             [&](int which) { return ll.layout.combine_flag(op.set, token, which, piece); });
         home = -1;
     }
 };
 
 // What a home told of a token: the lane's selection, -1 for one of another rank. False if it no longer matters.
-template <Form kForm>
 __device__ __forceinline__ bool await_selections(const LowLatencyCombineArgs& args, const Run& op, int home,
-                                                 int token, UnsaidPiece<kForm>& unsaid, int& expert,
-                                                 float& weight) {
+                                                 int token, UnsaidPiece& unsaid, int& expert, float& weight) {
     const LowLatencyDomain& ll = args.ll;
     const int k = static_cast<int>(threadIdx.x % 32);
     const uint8_t* at = ll.region[ll.domain.rank] + ll.layout.combine_selections(op.set, home) +
@@ -68,7 +60,7 @@ __device__ __forceinline__ float known_weight(const LowLatencyCombineArgs& args,
 template <bool kBySource>
 __device__ __forceinline__ void send_partial(const LowLatencyCombineArgs& args, const Run& op,
                                              const RowPieces& cut, bool in_lines, int home, int num_placed,
-                                             int token, int piece, UnsaidPiece<Form::kSums>& unsaid) {
+                                             int token, int piece, UnsaidPiece& unsaid) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
     const int rank = ll.domain.rank, k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
@@ -119,6 +111,28 @@ struct Grace {
     }
 };
 
+// Steps of rows that a block has under way in place of sums. Few, since the link carries them all, even if the home is heard a
+// moment later: with all warps at once a rank that began early made the other one late for the next operation, and so on.
+struct ApartRows {
+    static constexpr int kOfDevice = 1024, kOfBlock = 8;
+    int* under_way;
+
+    // Whether `count` more may leave. By all lanes of a warp, one answer.
+    __device__ __forceinline__ bool take(int count) const {
+        const int most = max(kOfBlock, kOfDevice / static_cast<int>(gridDim.x));
+        int before = 0;
+        if (threadIdx.x % 32 == 0) {
+            before = atomicAdd(under_way, count);
+            if (before != 0 && before + count > most) atomicAdd(under_way, -count);
+        }
+        before = __shfl_sync(kAllLanes, before, 0);
+        return before == 0 || before + count <= most;
+    }
+    __device__ __forceinline__ void give_back(int count) const {
+        if (threadIdx.x % 32 == 0) atomicAdd(under_way, -count);
+    }
+};
+
 // What the lane's selection of a token is, if it can be told by now: of an own token what the caller passes, of another what
 // has come from its home. Else nothing, and the answer is false.
 __device__ __forceinline__ bool peek_selection(const LowLatencyCombineArgs& args, const CombinePlan& plan,
@@ -149,23 +163,29 @@ __device__ __forceinline__ bool peek_selection(const LowLatencyCombineArgs& args
 template <Form kForm, bool kBySource>
 __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args, const CombinePlan& plan,
                                               const Run& op, const RowPieces& cut, int home, int num_placed,
-                                              int token, int piece, UnsaidPiece<kForm>& unsaid,
-                                              Grace& grace) {
+                                              int token, int piece, UnsaidPiece& unsaid, Grace& grace,
+                                              const ApartRows& apart) {
     const LowLatencyDomain& ll = args.ll;
     const LowLatencyLayout& layout = ll.layout;
     const int k = static_cast<int>(threadIdx.x % 32), num_vectors = args.hidden / 8;
+    // Looked at first, as it takes the longest.
+    const bool peeks = kForm == Form::kSumsInTime && op.sends_early;
+    int wanted = -1;
+    float weight = 0.0f;
+    bool is_told = peeks && peek_selection(args, plan, op, home, token, wanted, weight);
     const int32_t position =
         k < args.num_topk ? position_of<kBySource>(args, home, num_placed, token, k, op.num_local) : -1;
-    int expert = position < 0 ? -1 : position_expert(position);
-    float weight = 0.0f;
+    int expert = position < 0 ? -1 : position_expert(position), num_apart = 0;
     bool sums = kForm == Form::kSumsInTime;
     if (!op.sends_early) {
         if (!await_selections(args, op, home, token, unsaid, expert, weight)) return;
-    } else if (sums && __any_sync(kAllLanes, expert >= 0)) {
-        int wanted;
-        bool is_told = peek_selection(args, plan, op, home, token, wanted, weight);
-        while (!__all_sync(kAllLanes, is_told) && home != ll.domain.rank && !grace.is_over()) {
-            unsaid.say(ll, op);
+    } else if (peeks && __any_sync(kAllLanes, expert >= 0)) {
+        while (!__all_sync(kAllLanes, is_told) && home != ll.domain.rank) {
+            if (grace.is_over()) {
+                num_apart = __popc(__ballot_sync(kAllLanes, expert >= 0));
+                if (apart.take(num_apart)) break;
+                num_apart = 0;
+            }
             is_told = peek_selection(args, plan, op, home, token, wanted, weight);
         }
         // An expert that dispatch did not note would have to be looked up.
@@ -181,10 +201,8 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
         const unsigned mask = __ballot_sync(kAllLanes, row != nullptr);
         float sum[kVectors][kPerVector] = {};
         add_weighted(sum, mask, row, weight, piece, num_vectors);
-        const Rounded partial(sum);
-        unsaid.say(ll, op);
         uint8_t* to = ll.region[home] + layout.combine_lines(op.set, token, ll.domain.rank);
-        send_step(partial.step(), to, piece, op.epoch, k);
+        send_step(Rounded(sum).step(), to, piece, op.epoch, k);
         return;
     }
     const Steps steps(cut, piece, num_vectors);
@@ -231,47 +249,48 @@ __device__ __forceinline__ void send_unsummed(const LowLatencyCombineArgs& args,
             }
         }
     }
-    unsaid.say(ll, op);
-    unsaid = {home, token, piece, rows};
-    if constexpr (kForm == Form::kLogFmt) unsaid.say(ll, op);
+    if constexpr (kForm == Form::kSumsInTime) {
+        say_apart(ll, home, layout.combine_lines(op.set, token, ll.domain.rank), piece, op.epoch);
+        if (num_apart != 0) apart.give_back(num_apart);
+    } else {
+        unsaid.say(ll, op);
+        unsaid = {home, token, piece, rows};
+        if constexpr (kForm == Form::kLogFmt) unsaid.say(ll, op);
+    }
 }
 
 // The jobs of a worker among those of all homes: pieces of tokens. Each rank begins with another home. Returns the worker's
 // first job beyond them.
 template <Form kForm, bool kBySource>
 __device__ int serve_homes(const LowLatencyCombineArgs& args, const CombinePlan& plan, const Run& op,
-                           const Peers& peers, const Workers& workers) {
+                           Peers& peers, const Workers& workers) {
     int job = workers.index;
-    UnsaidPiece<kForm> unsaid;
+    UnsaidPiece unsaid;
     Grace grace;
-    // The own tokens last, as they do not take the link. In kSumsInTime each warp begins with one of them, while the others
-    // tell what they want.
-    const int num_ranks = args.ll.domain.num_ranks, end = op.own_by_slot ? num_ranks : num_ranks - 1;
+    const ApartRows apart{&peers.apart_under_way};
+    const int num_ranks = args.ll.domain.num_ranks;
+    const int num_homes = op.own_by_slot ? num_ranks : num_ranks - 1;
+    // The own tokens last, as they do not take the link. In kSumsInTime first, while the others tell what they want.
+    const int first = op.own_by_slot && kForm == Form::kSumsInTime ? 0 : 1;
 #pragma unroll 1
-    for (int i = kForm == Form::kSumsInTime && op.own_by_slot ? 0 : 1; i <= end; ++i) {
-        const int next = args.ll.domain.rank + i, home = next < num_ranks ? next : next - num_ranks;
+    for (int i = 0; i < num_homes; ++i) {
+        const int next = args.ll.domain.rank + first + i, home = next < num_ranks ? next : next - num_ranks;
         // Whether or not they are served, all blocks count the same jobs.
         const bool serves = peers.came[home] == sync::Came::kHere;
         // In kSumsInTime all are alike, whatever a home says.
         const RowPieces cut = kForm == Form::kSumsInTime ? plan.cut : peers.cut[home];
         const SmallDivider& by_pieces = kForm == Form::kSumsInTime ? plan.by_pieces : peers.by_pieces[home];
-        int first_job = 0, num_jobs = peers.num_tokens[home] * cut.count;
-        if (kForm == Form::kSumsInTime && home == args.ll.domain.rank) {
-            const int at_once = min(num_jobs, workers.count);
-            if (i != 0) first_job = at_once;
-            num_jobs = i == 0 ? at_once : num_jobs - at_once;
-        }
+        const int num_jobs = peers.num_tokens[home] * cut.count;
 #pragma unroll 1
         for (; job < num_jobs; job += workers.count) {
             if (!serves) continue;
-            const int token = by_pieces.quotient(first_job + job);
-            const int piece = first_job + job - token * cut.count;
+            const int token = by_pieces.quotient(job), piece = job - token * cut.count;
             if constexpr (kForm == Form::kSums) {
                 send_partial<kBySource>(args, op, cut, peers.in_lines[home], home, peers.num_placed[home],
                                         token, piece, unsaid);
             } else {
                 send_unsummed<kForm, kBySource>(args, plan, op, cut, home, peers.num_placed[home], token,
-                                                piece, unsaid, grace);
+                                                piece, unsaid, grace, apart);
             }
         }
         job -= num_jobs;
