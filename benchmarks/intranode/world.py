@@ -96,11 +96,17 @@ class World:
 
     def rounds(self, once: Callable[[], float]) -> list[float]:
         """What ``once`` measured in each round, on the rank where it was largest; all ranks begin a round together."""
-        mine = []
+        return self.rounds_in_turn([once])[0]
+
+    def rounds_in_turn(self, each: Sequence[Callable[[], float]]) -> list[list[float]]:
+        """The same of several that take turns in each round, so that one pace of the machine holds for all of them."""
+        mine: list[list[float]] = [[] for _ in each]
         for _ in range(self.args.rounds):
-            self.barrier()
-            mine.append(once())
-        return [max(times) for times in zip(*self.gather(mine), strict=True)]
+            for times, once in zip(mine, each, strict=True):
+                self.barrier()
+                times.append(once())
+        ranks = self.gather(mine)
+        return [[max(times) for times in zip(*of_ranks, strict=True)] for of_ranks in zip(*ranks, strict=True)]
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -271,26 +272,27 @@ def _mean(world: World, buffer: deep_ep.Buffer, row: Row, args: argparse.Namespa
 def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time of the host to enqueue one of many calls: no synchronisation, few tokens so that the device keeps up.
 
-    Hosts differ by a factor of two, so torch's own time for what a dispatch cannot do without stands beside the calls.
+    Hosts differ by a factor of two, and one host from moment to moment, so torch's own time for what a dispatch cannot
+    do without stands beside the calls, and all take turns.
     """
+
+    def enqueue(call: Callable[[], Any]) -> float:
+        for _ in range(HOST_WARMUPS):
+            call()
+        start_s = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        return (time.perf_counter() - start_s) * 1e6 / HOST_CALLS
+
     case = Case(world, args, min(args.tokens))
     figures = []
     for form in args.formats:
         workload = Workload(buffer, case, form == "fp8")
         calls = [(row.key, row.name, row.call) for row in workload.rows()]
-        for key, name, call in [*calls, ("torch", TORCH_NAME, torchs_part(workload.dispatch()[0]))]:
-
-            def enqueue(call: Callable[[], Any] = call) -> float:
-                world.barrier()
-                for _ in range(HOST_WARMUPS):
-                    call()
-                start_s = time.perf_counter()
-                for _ in range(HOST_CALLS):
-                    call()
-                return (time.perf_counter() - start_s) * 1e6 / HOST_CALLS
-
-            times = summary(world.rounds(enqueue))
-            figures.append({"key": key, "name": name, "format": form, "tokens": case.tokens, **times})
+        calls.append(("torch", TORCH_NAME, torchs_part(workload.dispatch()[0])))
+        times = world.rounds_in_turn([partial(enqueue, call) for _, _, call in calls])
+        for (key, name, _), of_call in zip(calls, times, strict=True):
+            figures.append({"key": key, "name": name, "format": form, "tokens": case.tokens, **summary(of_call)})
     return figures
 
 
