@@ -331,24 +331,26 @@ class Mesh:
                 sends.append((self._gloo.send([mine], peer, tag), peer))
             except RuntimeError as error:
                 broken.append((peer, str(error)))
-        # Only now, or the others would wait for this rank's message in place of noticing the same.
-        if broken and not tolerate:
-            self._abandoned += [(work, mine) for work, _ in sends]
-        for peer, error_text in broken:
-            self._lose(peer, what, error_text, 0.0, tolerate)
-            lost.append(peer)
-        lost += [peer for work, peer in recvs if peer not in lost and not self._wait(work, peer, what, tolerate)]
-        for peer in lost:
-            del received[peer]
-        gone = {peer for peer, message in received.items() if refused(message)}
-        for work, peer in sends:
-            if peer in lost:
-                continue
-            if gone:
-                self._abandoned.append((work, mine))
-            elif not self._wait(work, peer, what, tolerate):
+        try:
+            # Only now, or the others would wait for this rank's message in place of noticing the same.
+            for peer, text in broken:
+                self._lose(peer, what, text, 0.0, tolerate)
                 lost.append(peer)
+            lost += [peer for work, peer in recvs if peer not in lost and not self._wait(work, peer, what, tolerate)]
+            for peer in lost:
                 del received[peer]
+            gone = {peer for peer, message in received.items() if refused(message)}
+            for work, peer in sends:
+                if peer in lost:
+                    continue
+                if gone:
+                    self._abandoned.append((work, mine))
+                elif not self._wait(work, peer, what, tolerate):
+                    lost.append(peer)
+                    del received[peer]
+        except DeepEPError:
+            self._abandoned += [(work, mine) for work, _ in sends]  # they leave when their receivers come
+            raise
         return received, lost
 
     def batch(self, phase: int, what: str, *, tolerate: bool = False) -> Batch:
@@ -480,14 +482,16 @@ class Batch:
             CommTimeout: a peer did not answer before the deadline.
             PeerError: the connection to a peer broke.
         """
-        if self._broken and not self._tolerate:
+        try:
+            for peer, error in self._broken:
+                self._mesh._lose(peer, self._what, error, 0.0, self._tolerate)
+            for work, peer, _ in self._pending:
+                if peer not in self._lost and not self._mesh._wait(work, peer, self._what, self._tolerate):
+                    self._lost.append(peer)
+        except DeepEPError:
             self._mesh._abandoned += [(work, message) for work, _, message in self._pending]
-        for peer, error in self._broken:
-            self._mesh._lose(peer, self._what, error, 0.0, self._tolerate)
+            raise
         self._broken.clear()
-        for work, peer, _ in self._pending:
-            if peer not in self._lost and not self._mesh._wait(work, peer, self._what, self._tolerate):
-                self._lost.append(peer)
         self._pending.clear()
         return self._lost
 
