@@ -93,6 +93,9 @@ def library() -> ctypes.CDLL:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             _compile(folder, target)
+            for other in folder.parent.iterdir():  # of sources as they were
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)
     loaded = ctypes.CDLL(str(target))
     loaded.world_open.restype = ctypes.c_void_p
     loaded.world_refusal.restype = ctypes.c_char_p

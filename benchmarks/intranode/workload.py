@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +19,6 @@ from .world import World, summary
 #: The limit that a row is held against, by the first word of its key or the whole of it; see probes.py.
 PROBE_OF = {"fp8": "place_fp8_scales", "bf16": "place_bf16", "combine": "pull_bf16"}
 HOST_TOKENS = 512
-#: Calls of a round whose host time is taken, and those before: the first one after a pause costs several times more.
-HOST_CALLS, HOST_WARMUPS = 100, 5
 LAYOUT_CALLS = 50
 
 
@@ -238,15 +236,6 @@ def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace)
         )
     figures = []
     for key, (name, call) in calls.items():
-
-        def enqueue(call: Callable[[], Any] = call) -> float:
-            world.barrier()
-            for _ in range(HOST_WARMUPS):
-                call()
-            start_s = time.perf_counter()
-            for _ in range(HOST_CALLS):
-                call()
-            return (time.perf_counter() - start_s) * 1e6 / HOST_CALLS
-
-        figures.append({"key": key, "name": name, "tokens": tokens, **summary(world.rounds(enqueue))})
+        times = world.rounds(partial(world.host_microseconds, call))
+        figures.append({"key": key, "name": name, "tokens": tokens, **summary(times)})
     return figures

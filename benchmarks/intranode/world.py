@@ -16,6 +16,8 @@ WARMUPS = 3
 #: Of the device's clock, about 2 GHz: 10 ms, enough to enqueue 100 calls; at most 640 ms.
 SLEEP_CYCLES = 20_000_000
 MAX_SLEEP_CYCLES = 64 * SLEEP_CYCLES
+#: Calls of a round whose host time is taken, and those before: the first one after a pause costs several times more.
+HOST_CALLS, HOST_WARMUPS = 100, 5
 
 
 class World:
@@ -46,6 +48,16 @@ class World:
     def barrier(self) -> None:
         self.synchronize()
         dist.barrier(self.group)
+
+    def host_microseconds(self, call: Callable[[], Any]) -> float:
+        """The host's time for one of many calls, with nothing waited for."""
+        self.barrier()
+        for _ in range(HOST_WARMUPS):
+            call()
+        start_s = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        return (time.perf_counter() - start_s) * 1e6 / HOST_CALLS
 
     def microseconds(self, call: Callable[[], Any], iterations: int) -> float:
         """Time of one of `iterations` back-to-back calls, on this rank."""

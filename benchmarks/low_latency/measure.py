@@ -22,8 +22,6 @@ from deep_ep.errors import TopologyError
 from .case import Case
 
 GRAPH_PAIRS = 10  # in one graph, as the layers of a model are
-#: Calls of a round whose host time is taken, and those before: the first one after a pause costs several times more.
-HOST_CALLS, HOST_WARMUPS = 100, 5
 TORCH_NAME = "by torch: empty outputs of a dispatch and one small kernel"
 #: Bytes before a flag: none, and an FP8 row of the usual size.
 FLAG_PAYLOADS = (0, 7168)
@@ -275,22 +273,13 @@ def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace)
     Hosts differ by a factor of two, and one host from moment to moment, so torch's own time for what a dispatch cannot
     do without stands beside the calls, and all take turns.
     """
-
-    def enqueue(call: Callable[[], Any]) -> float:
-        for _ in range(HOST_WARMUPS):
-            call()
-        start_s = time.perf_counter()
-        for _ in range(HOST_CALLS):
-            call()
-        return (time.perf_counter() - start_s) * 1e6 / HOST_CALLS
-
     case = Case(world, args, min(args.tokens))
     figures = []
     for form in args.formats:
         workload = Workload(buffer, case, form == "fp8")
         calls = [(row.key, row.name, row.call) for row in workload.rows()]
         calls.append(("torch", TORCH_NAME, torchs_part(workload.dispatch()[0])))
-        times = world.rounds_in_turn([partial(enqueue, call) for _, _, call in calls])
+        times = world.rounds_in_turn([partial(world.host_microseconds, call) for _, _, call in calls])
         for (key, name, _), of_call in zip(calls, times, strict=True):
             figures.append({"key": key, "name": name, "format": form, "tokens": case.tokens, **summary(of_call)})
     return figures

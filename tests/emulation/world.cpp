@@ -43,6 +43,35 @@ T* at(void* block, int64_t offset) {
     return reinterpret_cast<T*>(static_cast<uint8_t*>(block) + offset);
 }
 
+// What both operations are told alike.
+template <class Args, class Call>
+Args arguments(const Rank& rank, uint64_t signature, const Call& call) {
+    Args args{};
+    args.ll = rank.domain;
+    args.signature = signature;
+    args.expert_major = call.expert_major != 0;
+    args.x = call.x;
+    args.topk_idx = call.topk_idx;
+    args.topk_is_int64 = call.topk_is_int64 != 0;
+    args.topk_weights = call.topk_weights;
+    args.num_tokens = static_cast<int>(call.num_tokens);
+    args.num_topk = static_cast<int>(call.num_topk);
+    args.num_experts = static_cast<int>(call.num_experts);
+    args.num_max_tokens = static_cast<int>(call.max_tokens);
+    args.hidden = static_cast<int>(call.hidden);
+    args.wait_stats = call.wait_stats;
+    return args;
+}
+
+// Where the small outputs of the dispatch lie in their block.
+template <class Args>
+LowLatencyOutputs outputs_of(const Args& args, bool with_weights) {
+    const Domain& domain = args.ll.domain;
+    const int num_local = expert_range(args.num_experts, domain.num_ranks, domain.rank).count;
+    return LowLatencyOutputs::make(num_local, domain.num_ranks, args.num_max_tokens, args.num_topk,
+                                   with_weights, args.expert_major);
+}
+
 // What a launch refuses, for Python; empty if nothing.
 thread_local std::string refusal;
 
@@ -137,27 +166,12 @@ World* world_open(const WorldShape* shape) {
 
 int world_dispatch(World* world, int r, uint64_t signature, const DispatchCall* call, int part) {
     Rank& rank = world->ranks[r];
-    LowLatencyDispatchArgs args{};
-    args.ll = rank.domain;
-    args.signature = signature;
-    args.x = call->x;
-    args.topk_idx = call->topk_idx;
-    args.topk_is_int64 = call->topk_is_int64 != 0;
-    args.topk_weights = call->topk_weights;
-    args.num_tokens = static_cast<int>(call->num_tokens);
-    args.num_topk = static_cast<int>(call->num_topk);
-    args.num_experts = static_cast<int>(call->num_experts);
-    args.num_max_tokens = static_cast<int>(call->max_tokens);
-    args.hidden = static_cast<int>(call->hidden);
+    auto args = arguments<LowLatencyDispatchArgs>(rank, signature, *call);
     args.use_fp8 = call->format >= 0;
     args.format = static_cast<ScaleFormat>(std::max<int64_t>(call->format, 0));
-    args.expert_major = call->expert_major != 0;
     args.rows = call->rows;
     args.scales = call->scales;
-    const int num_ranks = rank.domain.domain.num_ranks,
-              num_local = expert_range(args.num_experts, num_ranks, r).count;
-    const auto outputs = LowLatencyOutputs::make(num_local, num_ranks, args.num_max_tokens, args.num_topk,
-                                                 args.topk_weights != nullptr, args.expert_major);
+    const LowLatencyOutputs outputs = outputs_of(args, args.topk_weights != nullptr);
     args.layout_range = at<int64_t>(call->small, 0);
     args.ticket = at<uint64_t>(call->small, outputs.ticket_at);
     args.recv_count = at<int32_t>(call->small, outputs.recv_count_at);
@@ -166,7 +180,6 @@ int world_dispatch(World* world, int r, uint64_t signature, const DispatchCall* 
     args.positions = at<int32_t>(call->small, outputs.positions_at);
     if (args.topk_weights != nullptr) args.weights = at<float>(call->small, outputs.weights_at);
     args.recv_stats = call->recv_stats;
-    args.wait_stats = call->wait_stats;
     return guarded([&] {
         launch_low_latency_dispatch(args, static_cast<LowLatencyPart>(part), static_cast<int>(call->num_sms),
                                     &rank.stream);
@@ -175,28 +188,12 @@ int world_dispatch(World* world, int r, uint64_t signature, const DispatchCall* 
 
 int world_combine(World* world, int r, uint64_t signature, const CombineCall* call, int part) {
     Rank& rank = world->ranks[r];
-    LowLatencyCombineArgs args{};
-    args.ll = rank.domain;
-    args.signature = signature;
-    args.expert_major = call->expert_major != 0;
-    args.x = call->x;
-    args.topk_idx = call->topk_idx;
-    args.topk_is_int64 = call->topk_is_int64 != 0;
-    args.topk_weights = call->topk_weights;
-    args.num_tokens = static_cast<int>(call->num_tokens);
-    args.num_topk = static_cast<int>(call->num_topk);
-    args.num_experts = static_cast<int>(call->num_experts);
-    args.num_max_tokens = static_cast<int>(call->max_tokens);
-    args.hidden = static_cast<int>(call->hidden);
+    auto args = arguments<LowLatencyCombineArgs>(rank, signature, *call);
     args.sum_at_home = call->sum_at_home != 0;
     args.use_logfmt = call->use_logfmt != 0;
     args.out = call->out;
-    args.wait_stats = call->wait_stats;
     args.ticket = call->ticket;
-    const int num_ranks = rank.domain.domain.num_ranks,
-              num_local = expert_range(args.num_experts, num_ranks, r).count;
-    const auto outputs = LowLatencyOutputs::make(num_local, num_ranks, args.num_max_tokens, args.num_topk,
-                                                 call->knows_weights != 0, args.expert_major);
+    const LowLatencyOutputs outputs = outputs_of(args, call->knows_weights != 0);
     if (args.expert_major) {
         args.src_info = at<int32_t>(call->small, outputs.src_info_at);
         args.layout_range = at<int64_t>(call->small, 0);
