@@ -168,14 +168,17 @@ def test_back_to_back(finish, early):
     """Operations behind one another on each rank's stream, each beginning before those ahead have ended."""
     case = LowLatencyCase(2, (6, 5), 6, 512, 3, 6, finish=finish, weights_at_dispatch=early, mask="some")
     with emulated.emulated(case) as ranks:
+        rounds = []
         for _ in range(4):
             ranks.new_outputs()
+            rounds.append((ranks.outputs, ranks.combined))
             for operation in (ranks.dispatch, ranks.combine):
                 in_parts(ranks, operation, [0, 1], [], waits=False)
         ranks.wait()
         no_failures(ranks)
-        for rank in range(2):
-            verify(case, rank, ranks.result(rank))
+        for ranks.outputs, ranks.combined in rounds:
+            for rank in range(2):
+                verify(case, rank, ranks.result(rank))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

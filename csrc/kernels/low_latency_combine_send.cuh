@@ -113,6 +113,8 @@ struct Grace {
 
 // Steps of rows that a block has under way in place of sums. Few, since the link carries them all, even if the home is heard a
 // moment later: with all warps at once a rank that began early made the other one late for the next operation, and so on.
+//
+// A wait for them ends: warps that have some wait for their own stores only, then give them back. They order nothing.
 struct ApartRows {
     static constexpr int kOfDevice = 1024, kOfBlock = 8;
     int* under_way;
