@@ -223,17 +223,35 @@ class Steps {
     const LowLatencyEntry* entry_;
 };
 
+// A tensor that dispatches return: how a new one is made, and what one that the caller gives is like.
+struct Received {
+    Received(const TensorReader& reader, const py::object& new_tensor, const py::tuple& layout)
+        : arguments(layout),
+          sizes(layout[0].cast<std::vector<int64_t>>()),
+          strides(layout[1].cast<std::vector<int64_t>>()) {
+        // Of a torch that does not tell it given tensors are left to the detailed checks: no element has 0 bits.
+        const py::object empty = new_tensor(py::make_tuple(0), py::make_tuple(1), layout[2]);
+        TensorView view{};
+        if (reader.view(empty.ptr(), view)) type = {view.type_code, view.type_bits};
+    }
+
+    py::tuple arguments;  // for new_tensor
+    std::vector<int64_t> sizes, strides;
+    TensorType type{};
+};
+
 class LowLatencyDispatchCalls {
   public:
-    // x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats: addresses, 0 for None.
-    using Inputs = std::tuple<Address, Address, Address, int64_t, Address, Address>;
+    // x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats, and of the tensors to write to rows and scales: addresses,
+    // 0 for None.
+    using Inputs = std::tuple<Address, Address, Address, int64_t, Address, Address, Address, Address>;
 
     // handles: kept alive by the caller. rows, scales: for new_tensor, the latter None for bf16 rows.
     LowLatencyDispatchCalls(const py::type& tensor_type, int device_index, int64_t num_max_tokens,
                             int64_t hidden, int64_t num_topk, bool topk_is_int64, bool with_weights,
                             int64_t num_local, int64_t num_ranks, py::object plan, py::object lease,
-                            py::object new_tensor, LowLatencyHandles& handles, py::object rows,
-                            py::object scales)
+                            const py::object& new_tensor, LowLatencyHandles& handles, const py::tuple& rows,
+                            const py::object& scales)
         : reader_(tensor_type, device_index),
           num_max_tokens_(num_max_tokens),
           hidden_(hidden),
@@ -242,42 +260,46 @@ class LowLatencyDispatchCalls {
           with_weights_(with_weights),
           num_local_(num_local),
           num_ranks_(num_ranks),
-          steps_(reader_, std::move(plan), std::move(lease), std::move(new_tensor)),
-          handles_(handles),
-          rows_(std::move(rows)),
-          scales_(std::move(scales)) {}
+          steps_(reader_, std::move(plan), std::move(lease), new_tensor),
+          handles_(handles) {
+        received_.emplace_back(reader_, new_tensor, rows);
+        if (!scales.is_none()) received_.emplace_back(reader_, new_tensor, scales.cast<py::tuple>());
+    }
 
     LowLatencyDispatchCalls(const LowLatencyDispatchCalls&) = delete;
     LowLatencyDispatchCalls& operator=(const LowLatencyDispatchCalls&) = delete;
 
     // `run` for tensors as they come. None also if something is not as the kernel needs it.
     PyObject* try_run(PyObject* x, PyObject* topk_idx, PyObject* topk_weights, PyObject* recv_stats,
-                      PyObject* wait_stats, int part, int num_sms, Address stream) const {
+                      PyObject* wait_stats, PyObject* out, int part, int num_sms, Address stream) const {
         TensorView rows{}, idx{}, weights{};
-        Address recv_at = 0, wait_at = 0;
+        Address recv_at = 0, wait_at = 0, out_at[2]{};
         if (!reader_.dense(topk_idx, topk_type_, 2, idx) || idx.shape[1] != num_topk_) return none();
         const int64_t num_tokens = idx.shape[0];
         if (num_tokens > num_max_tokens_ || !reader_.plain(x, kBf16Type, {num_tokens, hidden_}, rows) ||
             !(with_weights_ ? reader_.plain(topk_weights, kFloat32Type, {num_tokens, num_topk_}, weights)
                             : topk_weights == Py_None) ||
             !reader_.optional(recv_stats, kInt32Type, {num_local_}, recv_at) ||
-            !reader_.optional(wait_stats, kInt64Type, {num_ranks_}, wait_at))
+            !reader_.optional(wait_stats, kInt64Type, {num_ranks_}, wait_at) || !read_out(out, out_at))
             return none();
-        return run({rows.address(), idx.address(), weights.address(), num_tokens, recv_at, wait_at}, part,
-                   num_sms, stream);
+        return run({rows.address(), idx.address(), weights.address(), num_tokens, recv_at, wait_at, out_at[0],
+                    out_at[1]},
+                   out, part, num_sms, stream);
     }
 
+    // out: what is returned as recv_x, whose addresses are in `inputs`; None: new tensors.
     // ((recv_x, recv_count, handle), num_tokens, what `receive` takes or None). None after a failure that kernels have
     // reported; nothing has been done then.
-    PyObject* run(const Inputs& inputs, int part, int num_sms, Address stream) const {
+    PyObject* run(const Inputs& inputs, PyObject* out, int part, int num_sms, Address stream) const {
         bool captured = false;
         if (!steps_.begin(stream, captured)) return none();
         LowLatencyDispatchArguments call{};
-        std::tie(call.x, call.topk_idx, call.topk_weights, call.num_tokens, call.recv_stats,
-                 call.wait_stats) = inputs;
-        py::object received = steps_.make(rows_, call.rows);
-        if (!scales_.is_none()) {
-            const py::object scales = steps_.make(scales_, call.scales);
+        std::tie(call.x, call.topk_idx, call.topk_weights, call.num_tokens, call.recv_stats, call.wait_stats,
+                 call.rows, call.scales) = inputs;
+        py::object received = py::reinterpret_borrow<py::object>(out);
+        if (out == Py_None) received = steps_.make(received_[0].arguments, call.rows);
+        if (out == Py_None && received_.size() == 2) {
+            const py::object scales = steps_.make(received_[1].arguments, call.scales);
             received = owned(PyTuple_Pack(2, received.ptr(), scales.ptr()));
         }
         const LowLatencyHandles::Taken small = handles_.take(stream, captured);
@@ -291,6 +313,21 @@ class LowLatencyDispatchCalls {
     }
 
   private:
+    // Addresses of rows and scales that the caller gives, 0 without. False if they are not like those of a dispatch.
+    bool read_out(PyObject* out, Address (&addresses)[2]) const {
+        if (out == Py_None) return true;
+        const bool is_pair = received_.size() == 2;
+        if (is_pair && (!PyTuple_CheckExact(out) || PyTuple_GET_SIZE(out) != 2)) return false;
+        for (size_t i = 0; i < received_.size(); ++i) {
+            const Received& wanted = received_[i];
+            PyObject* given = is_pair ? PyTuple_GET_ITEM(out, static_cast<Py_ssize_t>(i)) : out;
+            TensorView view{};
+            if (!reader_.laid_out(given, wanted.type, wanted.sizes, wanted.strides, view)) return false;
+            addresses[i] = view.address();
+        }
+        return true;
+    }
+
     TensorReader reader_;
     int64_t num_max_tokens_, hidden_, num_topk_;
     TensorType topk_type_;
@@ -298,7 +335,7 @@ class LowLatencyDispatchCalls {
     int64_t num_local_, num_ranks_;
     Steps steps_;
     LowLatencyHandles& handles_;
-    py::object rows_, scales_;
+    std::vector<Received> received_;  // rows, and scales of FP8 ones
 };
 
 class LowLatencyCombineCalls {
@@ -416,9 +453,10 @@ void bind_low_latency_calls(py::module_& m) {
             return py::make_tuple(taken.count, taken.handle, taken.address);
         });
     py::class_<LowLatencyDispatchCalls> dispatch(m, "LowLatencyDispatchCalls");
-    dispatch.def(py::init<const py::type&, int, int64_t, int64_t, int64_t, bool, bool, int64_t, int64_t,
-                          Object, Object, Object, LowLatencyHandles&, Object, Object>(),
-                 py::keep_alive<1, 14>());
+    dispatch.def(
+        py::init<const py::type&, int, int64_t, int64_t, int64_t, bool, bool, int64_t, int64_t, Object,
+                 Object, const Object&, LowLatencyHandles&, const py::tuple&, const Object&>(),
+        py::keep_alive<1, 14>());
     def_fast<&LowLatencyDispatchCalls::try_run>(dispatch, "try_run");
     def_fast<&LowLatencyDispatchCalls::run>(dispatch, "run");
     def_fast<&LowLatencyDispatchCalls::receive>(dispatch, "receive");

@@ -55,6 +55,19 @@ bool TensorReader::typed(PyObject* object, TensorType type, int32_t ndim, Tensor
            result.ndim == ndim;
 }
 
+bool TensorReader::laid_out(PyObject* object, TensorType type, const std::vector<int64_t>& shape,
+                            const std::vector<int64_t>& strides, TensorView& result) const {
+    if (!typed(object, type, static_cast<int32_t>(shape.size()), result) ||
+        !std::equal(shape.begin(), shape.end(), result.shape) || result.address() % kAlignment != 0)
+        return false;
+    // Without strides it is contiguous, which its caller finds out in detail.
+    bool is_alike = result.strides != nullptr;
+    for (size_t i = 0; is_alike && i < shape.size(); ++i) {
+        is_alike = shape[i] == 1 || strides[i] == result.strides[i];
+    }
+    return is_alike;
+}
+
 bool TensorReader::dense(PyObject* object, TensorType type, int32_t ndim, TensorView& result) const {
     return typed(object, type, ndim, result) && result.is_contiguous();
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 namespace deep_ep {
 
@@ -58,6 +59,9 @@ class TensorReader {
     bool view(PyObject* object, TensorView& result) const;
     // One of this element type and number of dimensions on the device, of any strides.
     bool typed(PyObject* object, TensorType type, int32_t ndim, TensorView& result) const;
+    // One of this shape and these strides, in elements, at a multiple of 16 bytes.
+    bool laid_out(PyObject* object, TensorType type, const std::vector<int64_t>& shape,
+                  const std::vector<int64_t>& strides, TensorView& result) const;
     // A contiguous one.
     bool dense(PyObject* object, TensorType type, int32_t ndim, TensorView& result) const;
     // A dense one of this shape, at a multiple of 16 bytes.

@@ -493,14 +493,15 @@ class LowLatencyDispatchCalls:
         topk_weights: object,
         recv_stats: object,
         wait_stats: object,
+        out: object,
         part: int,
         num_sms: int,
         stream: int,
         /,
     ) -> tuple[Any, int, bytes | None] | None: ...
-    # inputs: x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats
+    # inputs: x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats, rows and scales of out
     def run(
-        self, inputs: tuple[int, ...], part: int, num_sms: int, stream: int, /
+        self, inputs: tuple[int, ...], out: object, part: int, num_sms: int, stream: int, /
     ) -> tuple[Any, int, bytes | None] | None: ...
     def receive(self, sent: bytes, num_sms: int, stream: int, /) -> bool: ...
 

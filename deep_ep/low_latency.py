@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import checks, fp8
+from . import checks
 from .checks import describe_value
 from .config import low_latency_size_hint
 from .engines import portable_ll
@@ -19,7 +19,16 @@ from .engines.portable_ll import LowLatencyCombine, LowLatencyDispatch
 from .errors import ConfigError
 from .event import EventOverlap
 from .layout import check_topk_range, num_local_experts
-from .requests import scale_format_of
+from .low_latency_checks import (
+    check_by_source,
+    check_device,
+    check_finish,
+    check_handle_device,
+    check_stats,
+    checked_out,
+    checked_scale_format,
+    checked_weights,
+)
 
 #: (src_info, layout_range, M, H, E), or, where rows lie by source, (recv_topk_idx, recv_topk_weights, M, H, E). The
 #: first tensor's number of dimensions, two or three, tells which.
@@ -80,6 +89,7 @@ class LowLatencyMixin:
         *,
         topk_weights: torch.Tensor | None = None,
         expert_major: bool = True,
+        out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[
         torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         torch.Tensor,
@@ -107,6 +117,8 @@ class LowLatencyMixin:
                 would still be summed where its expert is. Results have the same bits.
             expert_major: False, on all ranks: a token that any local expert wants comes once, and is not copied to a
                 row of each expert. The caller's grouped GEMMs read rows by an index, and the caller sums.
+            out: recv_x of an earlier call like this one, or tensors of those shapes, dtypes and strides that begin at
+                multiples of 16 bytes, to write to and return. It saves the host the time for new ones.
 
         Returns:
             recv_x: bf16 [L, R * M, H], or (E4M3 [L, R * M, H], scales [L, R * M, H / 128] float32 or [..., H / 512]
@@ -144,6 +156,7 @@ class LowLatencyMixin:
                 num_experts,
                 cumulative_local_expert_recv_stats,
                 dispatch_wait_recv_cost_stats,
+                out,
                 (use_fp8, round_scale, use_ue8m0),
                 expert_major,
                 return_recv_hook,
@@ -154,16 +167,16 @@ class LowLatencyMixin:
                 (recv_x, count, handle), hook = taken
                 return recv_x, count, handle, EventOverlap(), hook
         kernels = self._kernels(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8)
-        inputs = (x, topk_idx, topk_weights)
+        inputs = (x, topk_idx, topk_weights, out)
         with LowLatencyCall(engine, operation, kernels, inputs, async_finish, self._check_room) as call:
-            _check_finish(operation, async_finish, return_recv_hook)
+            check_finish(operation, async_finish, return_recv_hook)
             x = checks.check_tensor(x, "x", operation, dim=2, dtypes=[torch.bfloat16])
-            _check_device(x, kernels, operation)
+            check_device(x, kernels, operation)
             topk_idx = checks.check_topk_idx(topk_idx, operation)
             shape = [x.shape[0], topk_idx.shape[1]]
             checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, shape=shape, device=x.device)
             if topk_weights is not None:
-                topk_weights = _checked_weights(topk_weights, operation, shape, x.device)
+                topk_weights = checked_weights(topk_weights, operation, shape, x.device)
             num_experts = checks.check_num_experts(num_experts, operation)
             if kernels is None:  # which check it on the device
                 check_topk_range(topk_idx, num_experts)
@@ -175,17 +188,23 @@ class LowLatencyMixin:
                     f"{operation}: x has {x.shape[0]} tokens but num_max_dispatch_tokens_per_rank is {num_max}; "
                     "send at most that many, or raise it on all ranks"
                 )
-            scale_format = _scale_format(x.shape[1], use_fp8, round_scale, use_ue8m0)
+            scale_format = checked_scale_format(x.shape[1], use_fp8, round_scale, use_ue8m0)
             num_local = num_local_experts(num_experts, self.group_size, self.rank)
             stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
             if stats[0] is not None:
                 name = "cumulative_local_expert_recv_stats"
-                _check_stats(stats[0], name, operation, torch.int32, num_local, x.device)
+                check_stats(stats[0], name, operation, torch.int32, num_local, x.device)
             if stats[1] is not None:
                 name = "dispatch_wait_recv_cost_stats"
-                _check_stats(stats[1], name, operation, torch.int64, self.group_size, x.device)
+                check_stats(stats[1], name, operation, torch.int64, self.group_size, x.device)
+            expert_major = bool(expert_major)
+            given = None
+            if out is not None:
+                groups = (num_local, self.group_size * num_max) if expert_major else (self.group_size, num_max)
+                layouts = portable_ll.received_layouts(*groups, x.shape[1], scale_format)
+                given = checked_out(out, layouts, x.device, operation)
             request = LowLatencyDispatch(
-                x, topk_idx, topk_weights, num_max, num_experts, scale_format, *stats, bool(expert_major)
+                x, topk_idx, topk_weights, num_max, num_experts, scale_format, *stats, expert_major, given
             )
             call.start()
             if kernels is not None:
@@ -274,17 +293,17 @@ class LowLatencyMixin:
             kernels = self._kernels(x, topk_idx, num_max, num_experts, False)
         inputs = (x, topk_idx, topk_weights, handle)
         with LowLatencyCall(engine, operation, kernels, inputs, async_finish, self._check_room) as call:
-            _check_finish(operation, async_finish, return_recv_hook)
+            check_finish(operation, async_finish, return_recv_hook)
             src_info, layout_range, num_max, hidden, num_experts = self._unpacked(handle, operation)
             shape = [src_info.shape[0], src_info.shape[1], hidden]
             x = checks.check_tensor(x, "x", operation, dim=3, dtypes=[torch.bfloat16], shape=shape)
-            _check_device(x, kernels, operation)
-            _check_handle_device(src_info, layout_range, x.device, operation)
+            check_device(x, kernels, operation)
+            check_handle_device(src_info, layout_range, x.device, operation)
             topk_idx = checks.check_topk_idx(topk_idx, operation)
             num_tokens, num_topk = topk_idx.shape
             expert_major = src_info.dim() == 2
             if not expert_major:
-                _check_by_source(src_info, num_topk, sum_at_home, operation)
+                check_by_source(src_info, num_topk, sum_at_home, operation)
             checks.check_tensor(topk_idx, "topk_idx", operation, dim=2, device=x.device)
             if num_tokens > num_max:
                 raise ConfigError(
@@ -295,7 +314,7 @@ class LowLatencyMixin:
                 check_topk_range(topk_idx, num_experts)
             weights = None
             if expert_major:
-                weights = _checked_weights(topk_weights, operation, [num_tokens, num_topk], x.device)
+                weights = checked_weights(topk_weights, operation, [num_tokens, num_topk], x.device)
             if use_logfmt and zero_copy:
                 raise ConfigError(f"{operation}: use_logfmt encodes rows while sending, so it excludes zero_copy")
             if zero_copy:
@@ -316,7 +335,7 @@ class LowLatencyMixin:
             wait_stats = combine_wait_recv_cost_stats
             if wait_stats is not None:
                 name = "combine_wait_recv_cost_stats"
-                _check_stats(wait_stats, name, operation, torch.int64, self.group_size, x.device)
+                check_stats(wait_stats, name, operation, torch.int64, self.group_size, x.device)
             request = LowLatencyCombine(
                 x,
                 topk_idx,
@@ -386,7 +405,7 @@ class LowLatencyMixin:
             ConfigError: wrong tensor, or the buffer was made without ``enable_shrink``.
         """
         self._check_shrink("low_latency_query_mask_buffer")
-        _check_stats(mask_status, "mask_status", "low_latency_query_mask_buffer", torch.int32, self.group_size)
+        check_stats(mask_status, "mask_status", "low_latency_query_mask_buffer", torch.int32, self.group_size)
         kernels = self._engine("low_latency_query_mask_buffer").low_latency
         if kernels is not None:
             mask_status.copy_(kernels.masked)
@@ -522,66 +541,3 @@ class LowLatencyMixin:
                 "get_next_low_latency_combine_buffer(handle) of this handle; get it anew for each combine"
             )
         return buffer
-
-
-def _scale_format(hidden: int, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> fp8.ScaleFormat | None:
-    if use_fp8 and hidden % fp8.TILE != 0:
-        raise ConfigError(
-            f"low_latency_dispatch: hidden is {hidden}; FP8 needs a multiple of {fp8.TILE}. Pass use_fp8=False or pad x"
-        )
-    return scale_format_of("low_latency_dispatch", use_fp8, round_scale, use_ue8m0)
-
-
-def _check_finish(operation: str, async_finish: bool, return_recv_hook: bool) -> None:
-    if async_finish and return_recv_hook:
-        raise ConfigError(f"{operation}: async_finish and return_recv_hook exclude each other; pick one")
-
-
-def _checked_weights(topk_weights: object, operation: str, shape: list[int], device: torch.device) -> torch.Tensor:
-    return checks.check_tensor(
-        topk_weights, "topk_weights", operation, dim=2, dtypes=[torch.float32], shape=shape, device=device
-    )
-
-
-def _check_by_source(recv_topk_idx: torch.Tensor, num_topk: int, sum_at_home: bool, operation: str) -> None:
-    if recv_topk_idx.shape[2] != num_topk:
-        raise ConfigError(
-            f"{operation}: topk_idx has {num_topk} selections a token but the handle's dispatch had "
-            f"{recv_topk_idx.shape[2]}; pass the topk_idx of that dispatch"
-        )
-    if sum_at_home:
-        raise ConfigError(
-            f"{operation}: sum_at_home=True, but the handle is of a dispatch with expert_major=False, whose rows are "
-            "sums of several experts; leave sum_at_home out, or dispatch with expert_major=True"
-        )
-
-
-def _check_device(x: torch.Tensor, kernels: LowLatencyKernels | None, operation: str) -> None:
-    if kernels is not None and x.device != kernels.device:
-        raise ConfigError(
-            f"{operation}: x is on {x.device} but this buffer is on {kernels.device}; move x, or construct a buffer "
-            "there"
-        )
-
-
-def _check_handle_device(
-    src_info: torch.Tensor, layout_range: torch.Tensor, device: torch.device, operation: str
-) -> None:
-    if src_info.device != device or layout_range.device != device:
-        raise ConfigError(
-            f"{operation}: the handle is on {src_info.device} and {layout_range.device} but x is on {device}; pass the "
-            "handle that a dispatch of tensors on that device returned"
-        )
-
-
-def _check_stats(
-    value: torch.Tensor,
-    name: str,
-    operation: str,
-    dtype: torch.dtype,
-    size: int,
-    device: torch.device | None = None,
-) -> None:
-    checked = checks.check_tensor(value, name, operation, dim=1, dtypes=[dtype], shape=[size], device=device)
-    if checked is not value:
-        raise ConfigError(f"{operation}: {name} has strides {list(value.stride())}; expected a contiguous tensor")

@@ -30,7 +30,7 @@ class LowLatencyCase:
     sum_at_home: bool = False
     use_logfmt: bool = False  # compared with the reference where rows lie by source
     zero_copy: bool = False
-    out: bool = False
+    out: bool = False  # both operations write to tensors of the caller
     domain: int | None = None
     repeats: int = 1
     seed: int = 0
@@ -63,6 +63,31 @@ def make_expert_rows(case: LowLatencyCase, rank: int) -> torch.Tensor:
     return rows.bfloat16()
 
 
+def make_received(case: LowLatencyCase, rank: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Rows for a dispatch to write to, and scales if it has any, full of one value."""
+    groups, capacity, hidden = make_expert_rows(case, rank).shape
+    if case.fp8 == "none":
+        return (torch.full((groups, capacity, hidden), 7.0, dtype=torch.bfloat16, device=device),)
+    width, dtype = (-(-hidden // 512), torch.int32) if case.fp8 == "ue8m0" else (-(-hidden // 128), torch.float32)
+    rows = torch.full((groups, capacity, hidden), 0x5A, dtype=torch.uint8, device=device)
+    scales = torch.full((groups, width, capacity), 7, dtype=dtype, device=device)
+    return rows.view(torch.float8_e4m3fn), scales.transpose(1, 2)
+
+
+def expect_written(
+    case: LowLatencyCase, rank: int, out: tuple[torch.Tensor, ...], recv: Any, count: torch.Tensor
+) -> None:
+    """The tensors given came back, and behind the last row of an expert nothing has changed."""
+    parts = recv if isinstance(recv, tuple) else (recv,)
+    assert len(parts) == len(out)
+    assert all(part is given for part, given in zip(parts, out, strict=True))
+    if case.expert_major:
+        behind = torch.arange(out[0].shape[1], device=count.device)[None] >= count[:, None]
+        for part, fresh in zip(parts, make_received(case, rank, count.device), strict=True):
+            integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[part.element_size()]
+            assert torch.equal(part.view(integers)[behind], fresh.view(integers)[behind])
+
+
 def ll_buffer(ctx: RankContext, domain: int | None = None, **kwargs: Any) -> Any:
     return ctx.buffer(domain, low_latency_mode=True, num_rdma_bytes=1 << 24, **kwargs)
 
@@ -88,6 +113,7 @@ def run_case(ctx: RankContext, case: LowLatencyCase, buffer: Any = None) -> dict
     for repeat in range(case.repeats):
         stats = torch.zeros(num_local, dtype=torch.int32, device=ctx.device)
         wait = torch.zeros(ctx.num_ranks, dtype=torch.int64, device=ctx.device)
+        received = make_received(case, ctx.rank, ctx.device) if case.out else None
         recv, count, handle, event, hook = buffer.low_latency_dispatch(
             x,
             idx,
@@ -97,10 +123,13 @@ def run_case(ctx: RankContext, case: LowLatencyCase, buffer: Any = None) -> dict
             dispatch_wait_recv_cost_stats=wait,
             topk_weights=weights if case.weights_at_dispatch else None,
             expert_major=case.expert_major,
+            out=received[0] if received is not None and case.fp8 == "none" else received,
             **FP8_ARGS[case.fp8],
             **how,
         )
         finish_call(case, event, hook)
+        if received is not None:
+            expect_written(case, ctx.rank, received, recv, count)
         if case.zero_copy:
             staging = buffer.get_next_low_latency_combine_buffer(handle)
             assert staging.shape == rows.shape

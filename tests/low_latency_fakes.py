@@ -220,6 +220,7 @@ def quick_dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook
         "num_experts": request.num_experts,
         "recv_stats": request.recv_stats,
         "wait_stats": request.wait_stats,
+        "out": None,
         "flags": {None: (False, False, False), "fp32": (True, False, False), "pow2": (True, True, False)}[
             request.scale_format
         ],

@@ -59,6 +59,7 @@ class Prepared:
     combined: dict[tuple[bool, bool], torch.Tensor]  # by (sum_at_home, with `dropped`)
     handle: Any = None
     has_weights: bool = False  # the handle: they went with its dispatch
+    spare: Any = None  # recv_x of a dispatch, which another may write to
 
     def significant(self, packed: torch.Tensor) -> torch.Tensor:
         """The used rows of [L, R * M, ...], without a wait for the device."""
@@ -145,7 +146,8 @@ class Soak:
 
     def _dispatch(self, number: int, which: Prepared, options: dict[str, bool]) -> Callable[[], None]:
         case, with_weights = which.case, self._pick.random() < 0.5
-        what = f"operation {number}, dispatch of {case}, with_weights={with_weights}"
+        out, which.spare = (which.spare, None) if self._pick.random() < 0.5 else (None, which.spare)
+        what = f"operation {number}, dispatch of {case}, with_weights={with_weights}, out={out is not None}"
         stats = torch.zeros_like(which.count)
         recv, count, handle, event, hook = self._buffer.low_latency_dispatch(
             which.x,
@@ -154,6 +156,7 @@ class Soak:
             case.num_experts,
             stats,
             topk_weights=which.weights if with_weights else None,
+            out=out,
             **FP8_ARGS[case.fp8],
             **options,
         )
@@ -177,6 +180,7 @@ class Soak:
             self.mismatches.compare(got_range, want_range, f"{what}: layout_range")
             self.mismatches.compare(count, which.count, f"{what}: recv_count")
             self.mismatches.compare(stats, which.count, f"{what}: cumulative statistics")
+            which.spare = recv
 
         return check
 

@@ -83,6 +83,30 @@ def test_checked_and_repeated_calls_agree(world):
     assert traffic.combine_bytes == 12 * 2 * H
 
 
+@pytest.mark.parametrize("options", [{}, {"use_fp8": False}, {"round_scale": True, "use_ue8m0": True}])
+@pytest.mark.parametrize("expert_major", [True, False])
+def test_a_dispatch_writes_to_given_tensors(world, options, expert_major):
+    """In the first call and in later ones, with a hook or without."""
+    options = {**options, "expert_major": expert_major}
+    count = 0
+    for hooked in (False, True, False):
+        received = dispatch(world, **options)[0]
+        parts = received if isinstance(received, tuple) else (received,)
+        given = [torch.empty_strided(part.shape, part.stride(), dtype=part.dtype) for part in parts]
+        out = tuple(given) if len(given) == 2 else given[0]
+        again, _, _, _, hook = dispatch(world, **options, out=out, return_recv_hook=hooked)
+        assert again is out or all(one is other for one, other in zip(again, out, strict=True))
+        addresses = [*(part.data_ptr() for part in given), 0][:2]
+        assert list(FakePlan.launches[-1][5:7]) == addresses
+        if hooked:
+            del out, again, given
+            hook()  # which keeps them until then
+            assert list(FakePlan.launches[-1][5:7]) == addresses
+        count += 3 if hooked else 2
+        world.ll._plans.clear()  # so that the next call is checked in detail
+    assert len(FakePlan.launches) == count
+
+
 def test_weights_may_go_with_the_dispatch(world):
     """In the first call and in later ones, contiguous or not; combine uses what came, unless home is to sum."""
     strided = torch.ones((2, 3)).t()
@@ -212,6 +236,14 @@ def test_dropped_hooks_of_the_portable_engine_hold_nothing(world):
         {"topk_weights": [[1.0, 1.0]] * 3},
         {"topk_weights": torch.ones((3, 1))},
         {"topk_weights": torch.ones((3, 2)).bfloat16()},
+        {"out": torch.zeros((E, M, H), dtype=torch.bfloat16)},
+        {"out": (torch.zeros((E, M, H), dtype=torch.float8_e4m3fn), None)},
+        {"out": (torch.zeros((E, M, H), dtype=torch.float8_e4m3fn), torch.zeros((E, M, H // 128)))},
+        {"out": torch.zeros((E, M, H), dtype=torch.float8_e4m3fn), "use_fp8": False},
+        {"out": torch.zeros((E, M + 1, H), dtype=torch.bfloat16), "use_fp8": False},
+        {"out": torch.zeros((E, M, H), dtype=torch.bfloat16, device="meta"), "use_fp8": False},
+        {"out": torch.zeros(E * M * H + 1, dtype=torch.bfloat16)[1:].view(E, M, H), "use_fp8": False},
+        {"out": (), "use_fp8": False},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )

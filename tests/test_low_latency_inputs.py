@@ -83,11 +83,12 @@ class DispatchCalls:
     def __init__(
         self, is_int64: bool = True, with_weights: bool = False, tensor_type: type = torch.Tensor, **other: Any
     ) -> None:
-        given = {"state": 0, "lease": no_lease, "handles": make_handles(), "scales": None, **other}
+        made = {"handles": make_handles(), "rows": ROWS, "scales": None}
+        given: dict[str, Any] = {"state": 0, "lease": no_lease, **made, **other}
         self.plan = Recorder(9, given["state"])
         self.calls = _C.LowLatencyDispatchCalls(
             *(tensor_type, -1, M, H, K, is_int64, with_weights, L, R, self.plan, given["lease"], maker_of(CPU)),
-            *(given["handles"], ROWS, given["scales"]),
+            *(given["handles"], given["rows"], given["scales"]),
         )
 
     def read(self, *tensors: object) -> tuple[int, ...] | None:
@@ -98,7 +99,10 @@ class DispatchCalls:
             return None
         x, idx, weights, num_tokens, rows, scales, small, recv, wait, *rest = self.plan.launches.pop()
         (recv_x, _, handle), same_num_tokens, sent = done
-        assert (rows, scales, small) == (recv_x.data_ptr(), 0, getattr(handle[0], PLACES)[1])
+        assert tensors[5] is None or recv_x is tensors[5]
+        pair = recv_x if isinstance(recv_x, tuple) else (recv_x, None)
+        assert (rows, scales) == tuple(0 if part is None else part.data_ptr() for part in pair)
+        assert small == getattr(handle[0], PLACES)[1]
         assert (rest, same_num_tokens, sent) == ([WHOLE, 5, STREAM, False], num_tokens, None)
         assert self.plan.begun.pop() == STREAM
         return x, idx, weights, num_tokens, recv, wait
@@ -115,13 +119,14 @@ def dispatch_tensors(num_tokens: int = T, **other: object) -> list[object]:
         "topk_weights": None,
         "recv_stats": torch.zeros(L, dtype=torch.int32),
         "wait_stats": torch.zeros(R, dtype=torch.int64),
+        "out": None,
     }
     return list({**given, **other}.values())
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, T, M])
 def test_addresses_of_a_dispatch(num_tokens):
-    x, idx, _, recv, wait = tensors = dispatch_tensors(num_tokens)
+    x, idx, _, recv, wait, _ = tensors = dispatch_tensors(num_tokens)
     have = dispatch_inputs().read(*tensors)
     assert have == (x.data_ptr(), idx.data_ptr(), 0, num_tokens, recv.data_ptr(), wait.data_ptr())
     none = dispatch_tensors(num_tokens, recv_stats=None, wait_stats=None)
@@ -174,6 +179,70 @@ def test_addresses_of_a_dispatch(num_tokens):
 def test_what_a_dispatch_kernel_cannot_take(wrong):
     assert dispatch_inputs().read(*dispatch_tensors(**wrong)) is None
     assert dispatch_inputs().read(*dispatch_tensors()) is not None
+
+
+def rows_like(**other: Any) -> torch.Tensor:
+    sizes, strides, dtype = {**dict(zip(("sizes", "strides", "dtype"), ROWS, strict=True)), **other}.values()
+    return torch.empty_strided(sizes, strides, dtype=dtype)
+
+
+SCALES = ((L, R * M, 3), (3 * R * M, 1, R * M), torch.float32)
+FP8_ROWS = (*ROWS[:2], torch.float8_e4m3fn)
+
+
+def test_a_dispatch_writes_to_given_tensors():
+    rows, scales = (torch.empty_strided(sizes, by, dtype=dtype) for sizes, by, dtype in (FP8_ROWS, SCALES))
+    assert dispatch_inputs().read(*dispatch_tensors(out=rows_like())) is not None
+    calls = DispatchCalls(rows=FP8_ROWS, scales=SCALES)
+    assert calls.read(*dispatch_tensors(out=(rows, scales))) is not None
+    assert calls.read(*dispatch_tensors()) is not None
+    # What has one column of scales, or one row, has strides that say nothing.
+    single = ((L, R * M, 1), (R * M, 1, R * M), torch.float32)
+    other = torch.empty_strided((L, R * M, 1), (R * M, 1, 99), dtype=torch.float32)
+    assert DispatchCalls(rows=FP8_ROWS, scales=single).read(*dispatch_tensors(out=(rows, other))) is not None
+    # Checked before.
+    (recv_x, _, _), _, _ = calls.calls.run((16, 32, 0, T, 0, 0, 48, 64), (rows, scales), WHOLE, 5, STREAM)
+    assert (recv_x[0] is rows, recv_x[1] is scales) == (True, True)
+    assert calls.plan.launches[-1][4:6] == (48, 64)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        rows_like(dtype=torch.float16),
+        rows_like(sizes=(L, R * M + 1, H)),
+        rows_like(sizes=(L, R * M - 1, H)),
+        rows_like(strides=(R * M * H, 1, R * M)),
+        rows_like().flatten(),
+        odd((L, R * M, H), BF16),
+        rows_like().as_subclass(Derived),
+        (rows_like(),),
+        (rows_like(), None),
+        0,
+    ],
+    ids=lambda out: f"{type(out).__name__}{list(getattr(out, 'shape', ()))}",
+)
+def test_outputs_that_a_dispatch_kernel_cannot_take(out):
+    assert dispatch_inputs().read(*dispatch_tensors(out=out)) is None
+
+
+def test_fp8_outputs_that_a_dispatch_kernel_cannot_take():
+    rows, scales = (torch.empty_strided(sizes, by, dtype=dtype) for sizes, by, dtype in (FP8_ROWS, SCALES))
+    calls = DispatchCalls(rows=FP8_ROWS, scales=SCALES)
+    for out in (
+        rows,
+        (rows,),
+        [rows, scales],
+        (scales, rows),
+        (rows, scales, scales),
+        (rows, None),
+        (rows.view(torch.uint8), scales),
+        (rows, scales.contiguous()),
+        (rows, scales.view(torch.int32)),
+        (rows, scales[..., :2]),
+    ):
+        assert calls.read(*dispatch_tensors(out=out)) is None
+    assert calls.read(*dispatch_tensors(out=(rows, scales))) is not None
 
 
 @pytest.mark.parametrize(
@@ -338,13 +407,12 @@ def test_what_a_combine_kernel_cannot_take(wrong):
 
 def test_a_dispatch_goes_from_inputs_to_outputs():
     """In both parts, with scales."""
-    scales = ((L, R * M, 3), (3 * R * M, 1, R * M), torch.float32)
-    calls = DispatchCalls(scales=scales)
+    calls = DispatchCalls(scales=SCALES)
     inputs = (16, 32, 0, T, 48, 64)
-    ((rows, made), count, handle), num_tokens, sent = calls.calls.run(inputs, SEND, 5, STREAM)
+    ((rows, made), count, handle), num_tokens, sent = calls.calls.run((*inputs, 0, 0), None, SEND, 5, STREAM)
     assert (count.shape, len(handle), num_tokens) == ((L,), 5, T)
     assert (rows.shape, rows.stride(), rows.dtype) == ((L, R * M, H), (R * M * H, H, 1), BF16)
-    assert (made.shape, made.stride(), made.dtype) == scales
+    assert (made.shape, made.stride(), made.dtype) == SCALES
     assert calls.calls.receive(sent, 4, 9)
     small = getattr(handle[0], PLACES)[1]
     arguments = (*inputs[:4], rows.data_ptr(), made.data_ptr(), small, *inputs[4:])
@@ -375,10 +443,10 @@ def test_nothing_is_made_after_a_failure(make):
     calls = make(state=-1)
     is_dispatch = make is DispatchCalls
     good = dispatch_tensors() if is_dispatch else combine_tensors()
-    inputs = (16, 16, 0, T, 0, 0) if is_dispatch else (16,) * 11
-    sent = make().calls.run(inputs, SEND, 5, STREAM)[2]
+    inputs = ((16, 16, 0, T, 0, 0, 0, 0), None) if is_dispatch else ((16,) * 11,)
+    sent = make().calls.run(*inputs, SEND, 5, STREAM)[2]
     assert calls.calls.try_run(*good, WHOLE, 5, STREAM) is None
-    assert calls.calls.run(inputs, WHOLE, 5, STREAM) is None
+    assert calls.calls.run(*inputs, WHOLE, 5, STREAM) is None
     assert not calls.calls.receive(sent, 5, STREAM)
     assert calls.plan.begun == [STREAM] * 3
     assert calls.plan.launches == []

@@ -74,6 +74,10 @@ class Workload:
         self.source_handle = result[2]
         case.check_combine(self.combine_by_source())
         case.check_combine(self.pair_by_source())
+        # What calls write to that are given it.
+        self.received, self.combined = self.dispatch()[0], self.combine()[0]
+        case.check_dispatch(self.dispatch(out=self.received), use_fp8)
+        case.check_combine(self.combine(out=self.combined))
         case.world.barrier()
 
     def dispatch(self, early: bool = False, **options: Any) -> Any:
@@ -119,6 +123,13 @@ class Workload:
 
     def pair_by_source(self) -> Any:
         return self.combine_by_source(self.dispatch_by_source()[2])
+
+    def given_calls(self) -> list[tuple[str, str, Callable[[], Any]]]:
+        """Key, name and call of operations that make no outputs."""
+        return [
+            ("dispatch_out", "dispatch, out given", lambda: self.dispatch(out=self.received)),
+            ("combine_out", "combine, out given", lambda: self.combine(out=self.combined)),
+        ]
 
     def graph(self, pair: Callable[[], Any]) -> Callable[[], None]:
         stream = torch.cuda.Stream()
@@ -278,7 +289,8 @@ def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace)
     for form in args.formats:
         workload = Workload(buffer, case, form == "fp8")
         calls = [(row.key, row.name, row.call) for row in workload.rows()]
-        calls.append(("torch", TORCH_NAME, torchs_part(workload.dispatch()[0])))
+        calls += workload.given_calls()
+        calls.append(("torch", TORCH_NAME, torchs_part(workload.received)))
         times = world.rounds_in_turn([partial(world.host_microseconds, call) for _, _, call in calls])
         for (key, name, _), of_call in zip(calls, times, strict=True):
             figures.append({"key": key, "name": name, "format": form, "tokens": case.tokens, **summary(of_call)})

@@ -104,6 +104,7 @@ class LowLatencyKernels:
         num_experts: Any,
         recv_stats: Any,
         wait_stats: Any,
+        out: Any,
         flags: tuple[bool, bool, bool],
         expert_major: bool,
         with_hook: bool,
@@ -130,7 +131,7 @@ class LowLatencyKernels:
                 return None
             part, num_sms, stream = _SEND if with_hook else _WHOLE, kernels.blocks(_ALL_SMS), self._current_stream()
             for plan in plans:
-                done = plan.try_run(x, topk_idx, topk_weights, recv_stats, wait_stats, part, num_sms, stream)
+                done = plan.try_run(x, topk_idx, topk_weights, recv_stats, wait_stats, out, part, num_sms, stream)
                 if done is not None:
                     return self._dispatched(plan, done, stream, recv_stats, wait_stats)
         return None
@@ -151,6 +152,7 @@ class LowLatencyKernels:
             PoolExhausted, CommTimeout, PeerError: the region could not be reserved, or an earlier failure.
         """
         x, weights, recv_stats, wait_stats = request.x, request.topk_weights, request.recv_stats, request.wait_stats
+        rows, scales = request.out or (None, None)
         if x.data_ptr() % 16 != 0:
             x = x.clone()
         self._kernels.check()
@@ -162,9 +164,12 @@ class LowLatencyKernels:
             x.shape[0],
             _address(recv_stats),
             _address(wait_stats),
+            _address(rows),
+            _address(scales),
         )
+        out = rows if scales is None else (rows, scales)
         part, stream = _SEND if with_hook else _WHOLE, self._current_stream()
-        done = plan.run(inputs, part, self._kernels.blocks(_ALL_SMS), stream)
+        done = plan.run(inputs, out, part, self._kernels.blocks(_ALL_SMS), stream)
         if done is None:
             self._raise_failure()
         return self._dispatched(plan, done, stream, recv_stats, wait_stats)

@@ -18,7 +18,7 @@ from .._native import _C, SCALE_FORMATS
 from ..layout import num_local_experts
 from .low_latency_regions import Launcher, Region, Regions, RegionShape
 from .outputs import RowPlan
-from .portable_ll import LowLatencyCombine, LowLatencyDispatch
+from .portable_ll import LowLatencyCombine, LowLatencyDispatch, received_layouts
 
 #: What dispatch leaves on src_info: `HandleShape`, and the address of the block that src_info was cut from. (A copy of
 #: the tensor has the attribute too, and lies elsewhere.) The block holds two tables by which combine finds each
@@ -192,14 +192,10 @@ class Plans:
     def _dispatch_plan(
         self, region: Region, native: Any, shape: HandleShape, is_int64: bool, scale_format: fp8.ScaleFormat | None
     ) -> DispatchPlan:
-        dtype = torch.bfloat16 if scale_format is None else torch.float8_e4m3fn
         num_groups, capacity, hidden = shape.rows
-        row_bytes, scales = hidden * dtype.itemsize, None
-        if scale_format is not None:
-            scales_dtype, columns = fp8.scale_columns(hidden, scale_format)
-            row_bytes += 4 * columns
-            # Stored with tokens innermost, the order in which grouped GEMMs fetch scales.
-            scales = ((num_groups, capacity, columns), (columns * capacity, 1, capacity), scales_dtype)
+        rows, *scales = received_layouts(num_groups, capacity, hidden, scale_format)
+        dtype = rows[2]
+        row_bytes = hidden * dtype.itemsize + sum(4 * columns for (_, _, columns), _, _ in scales)
         calls = _C.LowLatencyDispatchCalls(
             torch.Tensor,
             self._index,
@@ -214,8 +210,8 @@ class Plans:
             region.lease,
             self._new,
             handles_of(self._device, native.outputs, shape, self._num_ranks),
-            (tuple(shape.rows), (capacity * hidden, hidden, 1), dtype),
-            scales,
+            rows,
+            scales[0] if scales else None,
         )
         name = str(dtype).removeprefix("torch.")
         return DispatchPlan(region, calls.try_run, calls.run, calls.receive, row_bytes, name)

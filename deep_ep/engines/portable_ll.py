@@ -22,6 +22,9 @@ from .portable import PortableEngine
 from .protocol import ROWS_PHASE, Header, dtype_code
 from .transfer import as_bytes, split_records
 
+#: Sizes, strides in elements, and dtype.
+TensorLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
 _MARK_DTYPE = torch.int32
 
 
@@ -33,6 +36,7 @@ class LowLatencyDispatch:
         topk_weights: None where they come with the combine only. Sums at home, as here, need them no earlier; where
             rows lie by source they are outputs.
         scale_format: None for bf16 rows, else as in `deep_ep.fp8`.
+        out: rows and scales to write to, None for new ones.
     """
 
     x: torch.Tensor
@@ -44,6 +48,7 @@ class LowLatencyDispatch:
     recv_stats: torch.Tensor | None
     wait_stats: torch.Tensor | None
     expert_major: bool = True
+    out: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +84,24 @@ class LowLatencyCombine:
     out: torch.Tensor
     wait_stats: torch.Tensor | None
     expert_major: bool = True
+
+
+def received_layouts(
+    groups: int, capacity: int, hidden: int, scale_format: fp8.ScaleFormat | None
+) -> list[TensorLayout]:
+    """What a dispatch returns as recv_x: the layout of its rows, and of the scales that FP8 rows have.
+
+    Args:
+        groups, capacity: local experts and rows of each; where rows lie by source, ranks and M.
+    """
+    shape = (groups, capacity, hidden)
+    dtype = torch.bfloat16 if scale_format is None else torch.float8_e4m3fn
+    layouts: list[TensorLayout] = [(shape, (capacity * hidden, hidden, 1), dtype)]
+    if scale_format is not None:
+        dtype, columns = fp8.scale_columns(hidden, scale_format)
+        # Stored with tokens innermost, the order in which grouped GEMMs fetch scales.
+        layouts.append(((groups, capacity, columns), (columns * capacity, 1, capacity), dtype))
+    return layouts
 
 
 def dispatch(
@@ -140,7 +163,7 @@ def dispatch(
     ]
 
     num_local = num_local_experts(num_experts, num_ranks, rank)
-    output = _empty_output(request, rows, scales, num_ranks, num_local)
+    output = _empty_output(request, num_ranks, num_local)
     num_tokens = [
         headers[source].num_tokens if source in headers and source not in masked else 0 for source in range(num_ranks)
     ]
@@ -161,10 +184,8 @@ def dispatch(
     return output, finish
 
 
-def _empty_output(
-    request: LowLatencyDispatch, rows: torch.Tensor, scales: torch.Tensor | None, num_ranks: int, num_local: int
-) -> LowLatencyOutput:
-    """Outputs for rows and scales like these; in groups of an expert's rows, or of a source's."""
+def _empty_output(request: LowLatencyDispatch, num_ranks: int, num_local: int) -> LowLatencyOutput:
+    """Outputs, in groups of an expert's rows, or of a source's."""
     device, num_max = request.x.device, request.num_max_tokens
     if request.expert_major:
         groups, capacity = num_local, num_ranks * num_max
@@ -175,16 +196,15 @@ def _empty_output(
         by_selection = (groups, capacity, request.topk_idx.shape[1])
         src_info = torch.full(by_selection, -1, dtype=torch.int32, device=device)
         layout_range = torch.zeros(0 if request.topk_weights is None else by_selection, device=device)
-    return LowLatencyOutput(
-        rows=torch.zeros((groups, capacity, rows.shape[1]), dtype=rows.dtype, device=device),
-        # Stored with tokens innermost, the order in which grouped GEMMs fetch scales.
-        scales=None
-        if scales is None
-        else torch.zeros((groups, scales.shape[1], capacity), dtype=scales.dtype, device=device).transpose(1, 2),
-        count=torch.zeros(groups, dtype=torch.int32, device=device),
-        src_info=src_info,
-        layout_range=layout_range,
-    )
+    rows, scales = request.out or (None, None)
+    if rows is None:
+        made = [
+            torch.empty_strided(sizes, strides, dtype=dtype, device=device).zero_()
+            for sizes, strides, dtype in received_layouts(groups, capacity, request.x.shape[1], request.scale_format)
+        ]
+        rows, scales = made[0], made[1] if len(made) == 2 else None
+    count = torch.zeros(groups, dtype=torch.int32, device=device)
+    return LowLatencyOutput(rows, scales, count, src_info, layout_range)
 
 
 def _place_by_source(
