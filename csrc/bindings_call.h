@@ -176,6 +176,17 @@ struct Method<Function> : MethodOf<Function, Owner, Result, Args...> {};
 
 }  // namespace fast_call
 
+// A new reference; raises Python's exception in place of null.
+inline pybind11::object owned(PyObject* result) {
+    if (result == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(result);
+}
+
+// A new reference to None, of methods that return objects.
+inline PyObject* none() {
+    Py_RETURN_NONE;
+}
+
 // A new tuple of integers and of new references, which it takes; or null with an exception set.
 template <class... Values>
 PyObject* tuple_of(Values... values) {

@@ -20,15 +20,6 @@ namespace {
 
 using Address = uintptr_t;
 
-PyObject* none() {
-    Py_RETURN_NONE;
-}
-
-py::object owned(PyObject* result) {
-    if (result == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(result);
-}
-
 py::object number(int64_t value) {
     return owned(PyLong_FromLongLong(value));
 }

@@ -20,7 +20,8 @@ namespace py = pybind11;
 namespace deep_ep {
 
 void bind_low_latency(py::module_& m);
-void bind_low_latency_calls(py::module_& m);  // bindings_low_latency_calls.cpp
+void bind_low_latency_operations(py::module_& m);  // bindings_low_latency_operations.cpp
+void bind_low_latency_calls(py::module_& m);       // bindings_low_latency_calls.cpp
 
 namespace {
 
@@ -305,6 +306,7 @@ void bind_low_latency(py::module_& m) {
         return py::make_tuple(owner, map.first(owner), map.count(owner));
     });
     bind_outputs(m);
+    bind_low_latency_operations(m);
     bind_low_latency_calls(m);
 #ifdef DEEP_EP_WITH_CUDA
     bind_kernels(m);

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bindings_call.h"
-#include "bindings_low_latency.h"
+#include "bindings_low_latency_operations.h"
 #include "bindings_tensors.h"
 #include "bindings_views.h"
 
@@ -23,16 +23,7 @@ namespace {
 
 using Address = uintptr_t;
 
-constexpr int kWhole = 0, kReceive = 2;  // LowLatencyPart of kernels/low_latency_launch.h
-
-PyObject* none() {
-    Py_RETURN_NONE;
-}
-
-py::object owned(PyObject* result) {
-    if (result == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(result);
-}
+constexpr int kWhole = 0, kSend = 1;  // LowLatencyPart of kernels/low_latency_launch.h
 
 // The small outputs of dispatches of one shape, cut from slabs of memory.
 class LowLatencyHandles {
@@ -170,25 +161,31 @@ class LowLatencyHandles {
 // What is the same in dispatches and combines.
 class Steps {
   public:
-    // plan: whose attribute `entry` is the address of a LowLatencyEntry. lease: called where a graph is captured. new_tensor:
-    // takes sizes, strides and a dtype.
-    Steps(const TensorReader& reader, py::object plan, py::object lease, py::object new_tensor)
+    // plan: whose attribute `entry` is the address of a LowLatencyEntry. region: see LowLatencyOperations::Launched. row_bytes:
+    // of what travels for a token. dtype: that of a dispatch's rows, by name. new_tensor: takes sizes, strides and a dtype.
+    Steps(const TensorReader& reader, std::shared_ptr<LowLatencyOperations> operations,
+          LowLatencyOperations::Kind kind, py::object plan, py::object region, int64_t row_bytes,
+          py::object dtype, py::object new_tensor)
         : reader_(reader),
+          operations_(std::move(operations)),
+          kind_(kind),
           plan_(std::move(plan)),
-          lease_(std::move(lease)),
+          region_(std::move(region)),
+          row_bytes_(row_bytes),
+          dtype_(std::move(dtype)),
           new_tensor_(std::move(new_tensor)),
           entry_(reinterpret_cast<const LowLatencyEntry*>(plan_.attr("entry").cast<Address>())) {}
 
-    // False after a failure that kernels have reported.
-    bool begin(Address stream, bool& captured) const {
+    struct Begun {
+        Address stream;
+        bool captured, is_failed;
+    };
+    // is_failed: kernels have reported a failure; then nothing has been done.
+    Begun begin() const {
+        const Address stream = operations_->stream();
         const int state = entry_->begin(entry_->plan, stream);
-        captured = state > 0;
-        if (captured) lease_();
-        return state >= 0;
-    }
-    template <class Arguments>
-    void launch(const Arguments& arguments, int part, int num_sms, Address stream, bool captured) const {
-        entry_->launch(entry_->plan, &arguments, part, num_sms, stream, captured);
+        if (state > 0) region_.attr("lease")();
+        return {stream, state > 0, state < 0};
     }
     // layout: a tuple of what new_tensor takes.
     py::object make(const py::object& layout, Address& address) const {
@@ -198,28 +195,27 @@ class Steps {
             reader_.view(tensor.ptr(), view) ? view.address() : tensor.attr("data_ptr")().cast<Address>();
         return tensor;
     }
-    // The second part of an operation. sent: the arguments of the first, as `keep` gave them. False as `begin`.
     template <class Arguments>
-    bool receive(PyObject* sent, int num_sms, Address stream) const {
-        Arguments arguments{};
-        if (!PyBytes_Check(sent) || PyBytes_GET_SIZE(sent) != sizeof(arguments))
-            throw py::type_error("receive() takes what the first part returned");
-        std::memcpy(&arguments, PyBytes_AS_STRING(sent), sizeof(arguments));
-        bool captured = false;
-        if (!begin(stream, captured)) return false;
-        launch(arguments, kReceive, num_sms, stream, captured);
-        return true;
+    void launch(const Arguments& arguments, const Begun& begun, bool with_hook) const {
+        entry_->launch(entry_->plan, &arguments, with_hook ? kSend : kWhole, operations_->num_blocks(),
+                       begun.stream, begun.captured);
+        operations_->count(kind_, arguments.num_tokens, row_bytes_, dtype_.ptr());
     }
-    // For `receive`; None if there is no such part.
+    // kept: what must live until the hook was called.
     template <class Arguments>
-    static PyObject* keep(const Arguments& arguments, int part) {
-        if (part == kWhole) return none();
-        return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&arguments), sizeof(arguments));
+    py::object hook(const Arguments& arguments, const Begun& begun, py::object kept) const {
+        return operations_->hook(kind_, {entry_, plan_, region_, &arguments, sizeof(arguments), begun.stream},
+                                 std::move(kept));
     }
+    py::object new_event() const { return operations_->new_event(); }
 
   private:
     const TensorReader& reader_;
-    py::object plan_, lease_, new_tensor_;
+    std::shared_ptr<LowLatencyOperations> operations_;
+    LowLatencyOperations::Kind kind_;
+    py::object plan_, region_;
+    int64_t row_bytes_;
+    py::object dtype_, new_tensor_;
     const LowLatencyEntry* entry_;
 };
 
@@ -247,9 +243,10 @@ class LowLatencyDispatchCalls {
     using Inputs = std::tuple<Address, Address, Address, int64_t, Address, Address, Address, Address>;
 
     // handles: kept alive by the caller. rows, scales: for new_tensor, the latter None for bf16 rows.
-    LowLatencyDispatchCalls(const py::type& tensor_type, int device_index, int64_t num_max_tokens,
-                            int64_t hidden, int64_t num_topk, bool topk_is_int64, bool with_weights,
-                            int64_t num_local, int64_t num_ranks, py::object plan, py::object lease,
+    LowLatencyDispatchCalls(std::shared_ptr<LowLatencyOperations> operations, const py::type& tensor_type,
+                            int device_index, int64_t num_max_tokens, int64_t hidden, int64_t num_topk,
+                            bool topk_is_int64, bool with_weights, int64_t num_local, int64_t num_ranks,
+                            py::object plan, py::object region, int64_t row_bytes, py::object dtype,
                             const py::object& new_tensor, LowLatencyHandles& handles, const py::tuple& rows,
                             const py::object& scales)
         : reader_(tensor_type, device_index),
@@ -260,7 +257,8 @@ class LowLatencyDispatchCalls {
           with_weights_(with_weights),
           num_local_(num_local),
           num_ranks_(num_ranks),
-          steps_(reader_, std::move(plan), std::move(lease), new_tensor),
+          steps_(reader_, std::move(operations), LowLatencyOperations::kDispatch, std::move(plan),
+                 std::move(region), row_bytes, std::move(dtype), new_tensor),
           handles_(handles) {
         received_.emplace_back(reader_, new_tensor, rows);
         if (!scales.is_none()) received_.emplace_back(reader_, new_tensor, scales.cast<py::tuple>());
@@ -271,7 +269,7 @@ class LowLatencyDispatchCalls {
 
     // `run` for tensors as they come. None also if something is not as the kernel needs it.
     PyObject* try_run(PyObject* x, PyObject* topk_idx, PyObject* topk_weights, PyObject* recv_stats,
-                      PyObject* wait_stats, PyObject* out, int part, int num_sms, Address stream) const {
+                      PyObject* wait_stats, PyObject* out, bool with_hook) const {
         TensorView rows{}, idx{}, weights{};
         Address recv_at = 0, wait_at = 0, out_at[2]{};
         if (!reader_.dense(topk_idx, topk_type_, 2, idx) || idx.shape[1] != num_topk_) return none();
@@ -284,15 +282,17 @@ class LowLatencyDispatchCalls {
             return none();
         return run({rows.address(), idx.address(), weights.address(), num_tokens, recv_at, wait_at, out_at[0],
                     out_at[1]},
-                   out, part, num_sms, stream);
+                   out, with_hook, recv_stats, wait_stats);
     }
 
-    // out: what is returned as recv_x, whose addresses are in `inputs`; None: new tensors.
-    // ((recv_x, recv_count, handle), num_tokens, what `receive` takes or None). None after a failure that kernels have
-    // reported; nothing has been done then.
-    PyObject* run(const Inputs& inputs, PyObject* out, int part, int num_sms, Address stream) const {
-        bool captured = false;
-        if (!steps_.begin(stream, captured)) return none();
+    // out: what is returned as recv_x, whose addresses are in `inputs`; None: new tensors. recv_stats, wait_stats: those whose
+    // addresses are there, or None.
+    // recv_x, recv_count, handle, event, hook or None. None after a failure that kernels have reported; nothing has been done
+    // then.
+    PyObject* run(const Inputs& inputs, PyObject* out, bool with_hook, PyObject* recv_stats,
+                  PyObject* wait_stats) const {
+        const Steps::Begun begun = steps_.begin();
+        if (begun.is_failed) return none();
         LowLatencyDispatchArguments call{};
         std::tie(call.x, call.topk_idx, call.topk_weights, call.num_tokens, call.recv_stats, call.wait_stats,
                  call.rows, call.scales) = inputs;
@@ -302,14 +302,18 @@ class LowLatencyDispatchCalls {
             const py::object scales = steps_.make(received_[1].arguments, call.scales);
             received = owned(PyTuple_Pack(2, received.ptr(), scales.ptr()));
         }
-        const LowLatencyHandles::Taken small = handles_.take(stream, captured);
+        const LowLatencyHandles::Taken small = handles_.take(begun.stream, begun.captured);
         call.small = small.address;
-        steps_.launch(call, part, num_sms, stream, captured);
-        return tuple_of(PyTuple_Pack(3, received.ptr(), small.count.ptr(), small.handle.ptr()),
-                        call.num_tokens, Steps::keep(call, part));
-    }
-    bool receive(PyObject* sent, int num_sms, Address stream) const {
-        return steps_.receive<LowLatencyDispatchArguments>(sent, num_sms, stream);
+        steps_.launch(call, begun, with_hook);
+        py::object hook = py::none();
+        if (with_hook) {
+            // The outputs and what is added to must outlive the send.
+            hook = steps_.hook(call, begun,
+                               owned(PyTuple_Pack(5, received.ptr(), small.count.ptr(), small.handle.ptr(),
+                                                  recv_stats, wait_stats)));
+        }
+        return PyTuple_Pack(5, received.ptr(), small.count.ptr(), small.handle.ptr(),
+                            steps_.new_event().ptr(), hook.ptr());
     }
 
   private:
@@ -348,11 +352,11 @@ class LowLatencyCombineCalls {
     // num_groups, capacity: of the rows [L, R * M, H], by source [R, M, H]. places: where src_info, source_tokens, positions
     // and weights lie in the block of a handle, the last -1 where they are not used. out: strides and dtype for new_tensor.
     // ticket: for new_tensor.
-    LowLatencyCombineCalls(const py::type& tensor_type, int device_index, int64_t num_groups,
-                           int64_t capacity, int64_t hidden, int64_t num_max_tokens, int64_t num_topk,
-                           bool topk_is_int64, bool expert_major, int64_t num_ranks, const py::tuple& places,
-                           py::object plan, py::object lease, py::object new_tensor, const py::tuple& out,
-                           py::object ticket)
+    LowLatencyCombineCalls(std::shared_ptr<LowLatencyOperations> operations, const py::type& tensor_type,
+                           int device_index, int64_t num_groups, int64_t capacity, int64_t hidden,
+                           int64_t num_max_tokens, int64_t num_topk, bool topk_is_int64, bool expert_major,
+                           int64_t num_ranks, const py::tuple& places, py::object plan, py::object region,
+                           int64_t row_bytes, py::object new_tensor, const py::tuple& out, py::object ticket)
         : reader_(tensor_type, device_index),
           num_groups_(num_groups),
           capacity_(capacity),
@@ -366,7 +370,8 @@ class LowLatencyCombineCalls {
           source_tokens_at_(places[1].cast<Address>()),
           positions_at_(places[2].cast<Address>()),
           weights_at_(places[3].cast<int64_t>()),
-          steps_(reader_, std::move(plan), std::move(lease), std::move(new_tensor)),
+          steps_(reader_, std::move(operations), LowLatencyOperations::kCombine, std::move(plan),
+                 std::move(region), row_bytes, py::none(), std::move(new_tensor)),
           out_strides_(out[0]),
           out_dtype_(out[1]),
           ticket_(std::move(ticket)) {}
@@ -377,8 +382,8 @@ class LowLatencyCombineCalls {
     // `run` for tensors as they come. block: of the handle. out: None for a new one. None also if something is not as the
     // kernel needs it, or src_info or layout_range is not that of the block but a copy.
     PyObject* try_run(PyObject* x, PyObject* src_info, PyObject* layout_range, PyObject* topk_idx,
-                      PyObject* topk_weights, PyObject* out, PyObject* wait_stats, Address block, int part,
-                      int num_sms, Address stream) const {
+                      PyObject* topk_weights, PyObject* out, PyObject* wait_stats, bool with_hook,
+                      Address block) const {
         TensorView rows{}, idx{}, weights{}, info{}, ranges{};
         Address out_at = 0, wait_at = 0;
         if (!reader_.dense(topk_idx, topk_type_, 2, idx) || idx.shape[1] != num_topk_) return none();
@@ -394,43 +399,39 @@ class LowLatencyCombineCalls {
              weights.shape[0] != num_tokens || weights.shape[1] != num_topk_))
             return none();
         const Address weights_at = weights_at_ < 0 ? 0 : block + static_cast<Address>(weights_at_);
-        return run_into(out,
-                        {rows.address(), info.address(), ranges.address(), block + source_tokens_at_,
-                         block + positions_at_, weights_at, idx.address(), weights.address(), num_tokens,
-                         out_at, wait_at},
-                        part, num_sms, stream);
+        const auto kept =
+            with_hook
+                ? owned(PyTuple_Pack(7, x, src_info, layout_range, topk_idx, topk_weights, out, wait_stats))
+                : py::none();
+        return run({rows.address(), info.address(), ranges.address(), block + source_tokens_at_,
+                    block + positions_at_, weights_at, idx.address(), weights.address(), num_tokens, out_at,
+                    wait_at},
+                   out, with_hook, kept.ptr());
     }
 
-    // (None, num_tokens, sent, ticket): where there is another part to come, what `receive` takes, and a tensor that it
-    // needs. None after a failure that kernels have reported; nothing has been done then.
-    PyObject* run(const Inputs& inputs, int part, int num_sms, Address stream) const {
-        return run_into(nullptr, inputs, part, num_sms, stream);
-    }
-    bool receive(PyObject* sent, int num_sms, Address stream) const {
-        return steps_.receive<LowLatencyCombineArguments>(sent, num_sms, stream);
-    }
-
-  private:
-    // out: the tensor whose address is in `inputs`, or null; None: a new one.
-    PyObject* run_into(PyObject* out, const Inputs& inputs, int part, int num_sms, Address stream) const {
-        bool captured = false;
-        if (!steps_.begin(stream, captured)) return none();
+    // out: the tensor whose address is in `inputs`; None: a new one. kept: what must live until the hook was called.
+    // Combined tokens, event, hook or None. None after a failure that kernels have reported; nothing has been done then.
+    PyObject* run(const Inputs& inputs, PyObject* out, bool with_hook, PyObject* kept) const {
+        const Steps::Begun begun = steps_.begin();
+        if (begun.is_failed) return none();
         LowLatencyCombineArguments call{};
         std::tie(call.x, call.src_info, call.layout_range, call.source_tokens, call.positions, call.weights,
                  call.topk_idx, call.topk_weights, call.num_tokens, call.out, call.wait_stats) = inputs;
-        py::object target = py::reinterpret_borrow<py::object>(out == nullptr ? Py_None : out);
+        py::object target = py::reinterpret_borrow<py::object>(out);
         if (out == Py_None) {
             const py::object sizes = owned(tuple_of(call.num_tokens, hidden_));
             target = steps_.make(owned(PyTuple_Pack(3, sizes.ptr(), out_strides_.ptr(), out_dtype_.ptr())),
                                  call.out);
         }
-        py::object ticket = py::none();
-        if (part != kWhole) ticket = steps_.make(ticket_, call.ticket);
-        steps_.launch(call, part, num_sms, stream, captured);
-        return tuple_of(target.release().ptr(), call.num_tokens, Steps::keep(call, part),
-                        ticket.release().ptr());
+        py::object ticket = py::none(), hook = py::none();
+        if (with_hook) ticket = steps_.make(ticket_, call.ticket);
+        steps_.launch(call, begun, with_hook);
+        if (with_hook)
+            hook = steps_.hook(call, begun, owned(PyTuple_Pack(3, target.ptr(), ticket.ptr(), kept)));
+        return PyTuple_Pack(3, target.ptr(), steps_.new_event().ptr(), hook.ptr());
     }
 
+  private:
     TensorReader reader_;
     int64_t num_groups_, capacity_, hidden_, num_max_tokens_, num_topk_;
     TensorType topk_type_;
@@ -452,20 +453,20 @@ void bind_low_latency_calls(py::module_& m) {
             const LowLatencyHandles::Taken taken = self.take(stream, captured);
             return py::make_tuple(taken.count, taken.handle, taken.address);
         });
+    using Operations = std::shared_ptr<LowLatencyOperations>;
     py::class_<LowLatencyDispatchCalls> dispatch(m, "LowLatencyDispatchCalls");
-    dispatch.def(
-        py::init<const py::type&, int, int64_t, int64_t, int64_t, bool, bool, int64_t, int64_t, Object,
-                 Object, const Object&, LowLatencyHandles&, const py::tuple&, const Object&>(),
-        py::keep_alive<1, 14>());
+    dispatch.def(py::init<Operations, const py::type&, int, int64_t, int64_t, int64_t, bool, bool, int64_t,
+                          int64_t, Object, Object, int64_t, Object, const Object&, LowLatencyHandles&,
+                          const py::tuple&, const Object&>(),
+                 py::keep_alive<1, 17>());
     def_fast<&LowLatencyDispatchCalls::try_run>(dispatch, "try_run");
     def_fast<&LowLatencyDispatchCalls::run>(dispatch, "run");
-    def_fast<&LowLatencyDispatchCalls::receive>(dispatch, "receive");
     py::class_<LowLatencyCombineCalls> combine(m, "LowLatencyCombineCalls");
-    combine.def(py::init<const py::type&, int, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool,
-                         int64_t, const py::tuple&, Object, Object, Object, const py::tuple&, Object>());
+    combine.def(
+        py::init<Operations, const py::type&, int, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool,
+                 int64_t, const py::tuple&, Object, Object, int64_t, Object, const py::tuple&, Object>());
     def_fast<&LowLatencyCombineCalls::try_run>(combine, "try_run");
     def_fast<&LowLatencyCombineCalls::run>(combine, "run");
-    def_fast<&LowLatencyCombineCalls::receive>(combine, "receive");
 }
 
 }  // namespace deep_ep

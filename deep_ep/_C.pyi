@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -465,10 +465,78 @@ class LowLatencyHandles:
     # recv_count, the handle, and the address of their part
     def take(self, stream: int, captured: bool) -> tuple[Tensor, tuple[Any, ...], int]: ...
 
-class LowLatencyDispatchCalls:
-    # plan: has an attribute `entry`, the address of a LowLatencyEntry.
+class LowLatencyOperations:
     def __init__(
         self,
+        lock: object,
+        kernels: object,
+        device_index: int,
+        current_device: Callable[[], int],
+        current_stream: Callable[[], int],
+        traffic: object,
+        event: type,
+        use_device: Callable[[], Any],
+        raise_failure: Callable[..., NoReturn],
+        raise_closed: Callable[[str], NoReturn],
+        places: str,
+    ) -> None: ...
+    def add_dispatch(
+        self,
+        num_max_tokens: int,
+        num_experts: int,
+        use_fp8: bool,
+        round_scale: bool,
+        use_ue8m0: bool,
+        with_weights: bool,
+        expert_major: bool,
+        try_run: Callable[..., Any],
+    ) -> None: ...
+    def add_combine(self, shape: object, sum_at_home: bool, use_logfmt: bool, try_run: Callable[..., Any]) -> None: ...
+    def forget_calls(self) -> None: ...
+    def try_dispatch(
+        self,
+        x: object,
+        topk_idx: object,
+        topk_weights: object,
+        num_max_tokens: object,
+        num_experts: object,
+        recv_stats: object,
+        wait_stats: object,
+        out: object,
+        use_fp8: object,
+        round_scale: object,
+        use_ue8m0: object,
+        expert_major: object,
+        with_hook: object,
+        /,
+    ) -> Any: ...
+    def try_combine(
+        self,
+        x: object,
+        topk_idx: object,
+        topk_weights: object,
+        handle: object,
+        out: object,
+        wait_stats: object,
+        sum_at_home: object,
+        use_logfmt: object,
+        with_hook: object,
+        /,
+    ) -> Any: ...
+    @property
+    def num_pending(self) -> int: ...
+    # Kinds: 0 for dispatches, 1 for combines.
+    def age(self, kind: int) -> int: ...
+    def num_calls(self, kind: int) -> int: ...
+    def note_call(self, kind: int) -> None: ...
+    def forget_pending(self) -> None: ...
+    def close(self) -> None: ...
+
+class LowLatencyDispatchCalls:
+    # plan: has an attribute `entry`, the address of a LowLatencyEntry. region: has `lease()` and `num_pending`.
+    def __init__(
+        self,
+        operations: LowLatencyOperations,
         tensor_type: type,
         device_index: int,
         num_max_tokens: int,
@@ -479,13 +547,15 @@ class LowLatencyDispatchCalls:
         num_local: int,
         num_ranks: int,
         plan: object,
-        lease: Callable[[], None],
+        region: object,
+        row_bytes: int,
+        dtype: str,
         new_tensor: Callable[..., Tensor],
         handles: LowLatencyHandles,
         rows: tuple[Any, ...],
         scales: tuple[Any, ...] | None,
     ) -> None: ...
-    # ((recv_x, recv_count, handle), num_tokens, sent)
+    # recv_x, recv_count, handle, event, hook
     def try_run(
         self,
         x: object,
@@ -494,20 +564,18 @@ class LowLatencyDispatchCalls:
         recv_stats: object,
         wait_stats: object,
         out: object,
-        part: int,
-        num_sms: int,
-        stream: int,
+        with_hook: bool,
         /,
-    ) -> tuple[Any, int, bytes | None] | None: ...
+    ) -> tuple[Any, ...] | None: ...
     # inputs: x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats, rows and scales of out
     def run(
-        self, inputs: tuple[int, ...], out: object, part: int, num_sms: int, stream: int, /
-    ) -> tuple[Any, int, bytes | None] | None: ...
-    def receive(self, sent: bytes, num_sms: int, stream: int, /) -> bool: ...
+        self, inputs: tuple[int, ...], out: object, with_hook: bool, recv_stats: object, wait_stats: object, /
+    ) -> tuple[Any, ...] | None: ...
 
 class LowLatencyCombineCalls:
     def __init__(
         self,
+        operations: LowLatencyOperations,
         tensor_type: type,
         device_index: int,
         num_groups: int,
@@ -520,12 +588,13 @@ class LowLatencyCombineCalls:
         num_ranks: int,
         places: tuple[int, int, int, int],
         plan: object,
-        lease: Callable[[], None],
+        region: object,
+        row_bytes: int,
         new_tensor: Callable[..., Tensor],
         out: tuple[Any, ...],
         ticket: tuple[Any, ...],
     ) -> None: ...
-    # (out, num_tokens, sent, ticket)
+    # out, event, hook
     def try_run(
         self,
         x: object,
@@ -535,18 +604,13 @@ class LowLatencyCombineCalls:
         topk_weights: object,
         out: object,
         wait_stats: object,
+        with_hook: bool,
         block: int,
-        part: int,
-        num_sms: int,
-        stream: int,
         /,
-    ) -> tuple[Tensor, int, bytes | None, Tensor | None] | None: ...
-    # inputs: x, src_info, layout_range, source_tokens, positions, weights, topk_idx, topk_weights, num_tokens, out,
+    ) -> tuple[Any, ...] | None: ...
+    # inputs: x, src_info, layout_range, source_tokens, positions, weights, topk_idx, topk_weights, num_tokens, out and
     # wait_stats
-    def run(
-        self, inputs: tuple[int, ...], part: int, num_sms: int, stream: int, /
-    ) -> tuple[None, int, bytes | None, Tensor | None] | None: ...
-    def receive(self, sent: bytes, num_sms: int, stream: int, /) -> bool: ...
+    def run(self, inputs: tuple[int, ...], out: object, with_hook: bool, kept: object, /) -> tuple[Any, ...] | None: ...
 
 class LowLatencyPeers:
     def __init__(

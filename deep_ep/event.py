@@ -76,6 +76,11 @@ class EventOverlap:
         hook_after_wait: function run once, after the first wait.
     """
 
+    # What an object has that native code makes without `__init__`.
+    event: EventHandle | None = None
+    extra_tensors: tuple[torch.Tensor, ...] | None = None
+    hook_after_wait: Callable[[], None] | None = None
+
     def __init__(
         self,
         event: EventHandle | None = None,
@@ -83,7 +88,6 @@ class EventOverlap:
     ) -> None:
         self.event = event
         self.extra_tensors = extra_tensors
-        self.hook_after_wait: Callable[[], None] | None = None
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
         """Make the current stream wait for the event, then run and drop ``hook_after_wait``.

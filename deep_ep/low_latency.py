@@ -157,15 +157,16 @@ class LowLatencyMixin:
                 cumulative_local_expert_recv_stats,
                 dispatch_wait_recv_cost_stats,
                 out,
-                (use_fp8, round_scale, use_ue8m0),
+                use_fp8,
+                round_scale,
+                use_ue8m0,
                 expert_major,
                 return_recv_hook,
             )
             if taken is not None:
                 if self._portable_waits:
                     self._portable_waits.pop(operation, None)
-                (recv_x, count, handle), hook = taken
-                return recv_x, count, handle, EventOverlap(), hook
+                return taken
         kernels = self._kernels(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8)
         inputs = (x, topk_idx, topk_weights, out)
         with LowLatencyCall(engine, operation, kernels, inputs, async_finish, self._check_room) as call:
@@ -208,7 +209,7 @@ class LowLatencyMixin:
             )
             call.start()
             if kernels is not None:
-                (recv_x, count, handle), hook = kernels.dispatch(request, return_recv_hook)
+                recv_x, count, handle, _, hook = kernels.dispatch(request, return_recv_hook)
                 call.keep((recv_x, count, handle))
             else:
                 masked = self._masks()
@@ -286,7 +287,7 @@ class LowLatencyMixin:
             if taken is not None:
                 if self._portable_waits:
                     self._portable_waits.pop(operation, None)
-                return taken[0], EventOverlap(), taken[1]
+                return taken
         if kernels is not None:
             is_handle = isinstance(handle, (tuple, list)) and len(handle) == 5
             num_max, num_experts = (handle[2], handle[4]) if is_handle else (None, None)

@@ -153,8 +153,9 @@ def make_bare_kernels() -> CudaKernels:
     kernels.device, kernels._plans, kernels.launches = torch.device("cuda", 0), {}, {}
     kernels._last_handle, kernels._next_handle, kernels._view = None, None, view_maker()
     kernels._alike, kernels._last_rows, kernels._new = {}, 0, maker_of(torch.device("cpu"))
-    kernels._stream, kernels._capturing, kernels._launched, kernels._failure = 0, False, False, None
-    kernels._missing, kernels._push, kernels._push_number, kernels._num_sms = 0, None, 0, 132
+    kernels._stream, kernels._capturing, kernels._launched, kernels.failure = 0, False, False, None
+    kernels._missing, kernels._push, kernels._push_number, kernels.max_blocks = 0, None, 0, 132
+    kernels._num_sms = 132
     kernels._domain = SimpleNamespace(dispatch_plan=lambda *_: None)
     kernels._combines, kernels.traffic = RowPlan((), "combine"), TrafficStats()
     return kernels

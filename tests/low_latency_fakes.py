@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from deep_ep._native import _C
-from deep_ep.engines import low_latency_regions
+from deep_ep.engines import cuda_ll, low_latency_regions
 from deep_ep.engines.cuda_ll import LowLatencyKernels
 from deep_ep.engines.portable_ll import LowLatencyCombine, LowLatencyDispatch
+from deep_ep.event import EventOverlap
 from deep_ep.layout import num_local_experts
 
 STREAM = 7
@@ -128,13 +129,7 @@ class FakeKernels:
         self.rank, self.num_ranks = rank, num_ranks
         self.launches: dict[str, int] = {}
         self.failure: Exception | None = None
-
-    @property
-    def has_failed(self) -> bool:
-        return self.failure is not None
-
-    def blocks(self, num_sms: int) -> int:
-        return min(num_sms, 66)
+        self.max_blocks = 66
 
     def check(self) -> None:
         if self.failure is not None:
@@ -143,11 +138,14 @@ class FakeKernels:
 
 class FakeLock:
     held = 0
+    before: Any = None  # called when it is taken, as another thread might get there first
 
-    def __enter__(self) -> None:
+    def acquire(self) -> None:
         self.held += 1
+        if self.before is not None:
+            self.before()
 
-    def __exit__(self, *args: object) -> None:
+    def release(self) -> None:
         self.held -= 1
 
 
@@ -160,6 +158,7 @@ def install_fakes(monkeypatch: Any) -> None:
         ("LowLatencyCombinePlan", FakePlan),
     ):
         monkeypatch.setattr(_C, name, fake, raising=False)
+    monkeypatch.setattr(cuda_ll, "current_stream_of", lambda _: lambda: STREAM)
     monkeypatch.setattr(FakePlan, "launches", [])
     monkeypatch.setattr(FakePlan, "captured", [])
 
@@ -183,7 +182,8 @@ def dispatch_request(
 
 def dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook: bool) -> tuple[Any, Any]:
     """The outputs by name, and the hook."""
-    (recv_x, count, handle), hook = ll.dispatch(request, with_hook)
+    recv_x, count, handle, event, hook = ll.dispatch(request, with_hook)
+    assert (type(event), event.event, event.extra_tensors) == (EventOverlap, None, None)
     rows, scales = recv_x if isinstance(recv_x, tuple) else (recv_x, None)
     src_info, layout_range, num_max, hidden, num_experts = handle
     assert (num_max, hidden, num_experts) == (request.num_max_tokens, request.x.shape[1], request.num_experts)
@@ -212,6 +212,7 @@ def combine_request(output: Any, num_tokens: int = 3, num_topk: int = 2, **given
 
 
 def quick_dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook: bool = False, **other: Any) -> Any:
+    flags = {None: (False, False, False), "fp32": (True, False, False), "pow2": (True, True, False)}
     arguments = {
         "x": request.x,
         "topk_idx": request.topk_idx,
@@ -221,13 +222,12 @@ def quick_dispatch(ll: LowLatencyKernels, request: LowLatencyDispatch, with_hook
         "recv_stats": request.recv_stats,
         "wait_stats": request.wait_stats,
         "out": None,
-        "flags": {None: (False, False, False), "fp32": (True, False, False), "pow2": (True, True, False)}[
-            request.scale_format
-        ],
+        **dict(zip(("use_fp8", "round_scale", "use_ue8m0"), flags[request.scale_format], strict=True)),
         "expert_major": request.expert_major,
         "with_hook": with_hook,
     }
-    return ll.try_dispatch(**{**arguments, **other})
+    assert other.keys() <= arguments.keys()
+    return ll.try_dispatch(*{**arguments, **other}.values())
 
 
 def quick_combine(ll: LowLatencyKernels, output: Any, request: LowLatencyCombine, **other: Any) -> Any:
@@ -242,4 +242,5 @@ def quick_combine(ll: LowLatencyKernels, output: Any, request: LowLatencyCombine
         "use_logfmt": request.use_logfmt,
         "with_hook": False,
     }
-    return ll.try_combine(**{**arguments, **other})
+    assert other.keys() <= arguments.keys()
+    return ll.try_combine(*{**arguments, **other}.values())

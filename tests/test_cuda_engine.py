@@ -173,7 +173,7 @@ def test_what_is_told_once_and_what_stays(bare_kernels):
     with pytest.raises(CommTimeout) as again:
         kernels.check()
     assert again.value is first.value and released == [True]
-    kernels._failure = None
+    kernels.failure = None
     kernels.check()
     with pytest.raises(CommTimeout, match="did not run for 14 s"):
         kernels.raise_failure("dispatch")  # the host gave up, and no kernel said why
@@ -187,11 +187,11 @@ def test_when_a_rank_refuses(bare_kernels):
     kernels.refuse("dispatch")  # it has taken part already
     kernels._launched, kernels._capturing = False, True
     kernels.refuse("dispatch")
-    kernels._capturing, kernels._failure = False, refusal(1)
+    kernels._capturing, kernels.failure = False, refusal(1)
     kernels.refuse("dispatch")
     assert refused == [0]
     # Combines are counted alike on all ranks.
-    kernels._failure, kernels.memory.staging_bytes = None, 1
+    kernels.failure, kernels.memory.staging_bytes = None, 1
     kernels.refuse("combine")
     assert len(refused) == 2 and kernels._push_number == 1
 

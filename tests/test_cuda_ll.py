@@ -31,12 +31,21 @@ WHOLE, SEND, RECEIVE = 0, 1, 2
 
 
 @pytest.fixture
-def ll(monkeypatch):
+def lock():
+    lock = FakeLock()
+    yield lock
+    assert lock.held == 0
+
+
+@pytest.fixture
+def traffic():
+    return TrafficStats()
+
+
+@pytest.fixture
+def ll(monkeypatch, lock, traffic):
     install_fakes(monkeypatch)
-    kernels = LowLatencyKernels(FakeKernels(), FakeLock(), TrafficStats(), 0.5)
-    kernels._current_stream = lambda: STREAM
-    yield kernels
-    assert kernels._lock.held == 0
+    return LowLatencyKernels(FakeKernels(), lock, traffic, 0.5)
 
 
 @pytest.mark.parametrize("scale_format", [None, "fp32", "pow2", "ue8m0"])
@@ -168,7 +177,7 @@ def test_room_is_made_or_missed(ll):
 
 
 def test_a_hook_is_a_second_launch(ll):
-    kernels, lock = ll._kernels, ll._lock
+    kernels = ll._kernels
     output, hook = dispatch(ll, dispatch_request(), True)
     assert [launch[-3] for launch in FakePlan.launches] == [SEND]
     hook()
@@ -177,7 +186,6 @@ def test_a_hook_is_a_second_launch(ll):
     assert receive[-3] == RECEIVE
     assert receive[-1] == STREAM
     assert send[:-3] == receive[:-3]
-    assert lock.held == 0
     assert kernels.launches == {"low_latency_dispatch": 2}
     hook = ll.combine(combine_request(output), True)
     hook()
@@ -295,7 +303,7 @@ def test_handles_with_and_without_weights_alternate(ll):
             want = output.layout_range.data_ptr() + offset if given else 0
             assert FakePlan.launches[-1][6] == want
             request = dispatch_request(with_weights=given)
-            (_, _, handle), _ = quick_dispatch(ll, request)
+            handle = quick_dispatch(ll, request)[2]
             assert FakePlan.launches[-1][3] == (request.topk_weights.data_ptr() if given else 0)
             assert getattr(handle[0], PLACES)[0].with_weights is given
     assert len(FakePlan.launches) == 4 + 12
@@ -401,7 +409,7 @@ def test_masks_and_waits(ll):
 
 
 @pytest.mark.parametrize("scale_format", [None, "fp32", "pow2"])
-def test_a_call_like_one_before_launches_the_same(ll, scale_format):
+def test_a_call_like_one_before_launches_the_same(ll, traffic, scale_format):
     given = {"recv": torch.zeros(2, dtype=torch.int32), "wait": torch.zeros(3, dtype=torch.int64)}
     request = dispatch_request(scale_format=scale_format, **given)
     assert quick_dispatch(ll, request) is None
@@ -409,8 +417,8 @@ def test_a_call_like_one_before_launches_the_same(ll, scale_format):
     assert quick_dispatch(ll, dispatch_request(num_experts=6, scale_format=scale_format)) is None
     # The number of tokens may vary.
     other = dispatch_request(num_tokens=4, scale_format=scale_format, **given)
-    (recv_x, count, handle), hook = quick_dispatch(ll, other)
-    assert hook is None
+    recv_x, count, handle, event, hook = quick_dispatch(ll, other)
+    assert (event.event, hook) == (None, None)
     assert handle[2:] == output.handle[2:]
     first, second = FakePlan.launches
     assert second[0].__class__ is FakeDispatchPlan
@@ -420,8 +428,7 @@ def test_a_call_like_one_before_launches_the_same(ll, scale_format):
     for new, old in ((rows, output.rows), (count, output.count), (handle[0], output.src_info)):
         assert (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
         assert new.data_ptr() != old.data_ptr()
-    assert ll._traffic.dispatch_calls == 2
-    assert ll._traffic.dispatch_rows == 7
+    assert (traffic.dispatch_calls, traffic.dispatch_rows) == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +447,14 @@ def test_a_call_like_one_before_launches_the_same(ll, scale_format):
         {"num_max_tokens": 2},
         {"num_max_tokens": None},
         {"num_experts": torch.ones(2)},
-        {"flags": (False, True, False)},
+        {"use_fp8": True},
+        {"round_scale": True},
+        {"use_ue8m0": None},
+        {"expert_major": False},
+        {"num_max_tokens": 4.0},
+        {"num_experts": 7 + (1 << 64)},
+        {"with_hook": 1},
+        {"out": 1},
         {"recv_stats": torch.zeros(3, dtype=torch.int32)},
         {"recv_stats": torch.zeros(2, dtype=torch.int64)},
         {"wait_stats": torch.zeros((3, 2), dtype=torch.int64)[:, 0]},
@@ -472,20 +486,20 @@ def test_more_tokens_than_agreed_are_left_to_the_checks(ll):
     assert quick_dispatch(ll, dispatch_request(num_tokens=5)) is None
 
 
-def test_a_combine_like_one_before_launches_the_same(ll):
+def test_a_combine_like_one_before_launches_the_same(ll, traffic):
     output, _ = dispatch(ll, dispatch_request(), False)
     request = combine_request(output)
     assert quick_combine(ll, output, request) is None
     ll.combine(request, False)
-    out, hook = quick_combine(ll, output, request)
+    out, event, hook = quick_combine(ll, output, request)
     assert out is request.out
-    assert hook is None
-    out, _ = quick_combine(ll, output, request, out=None)
+    assert (event.event, hook) == (None, None)
+    out, _, _ = quick_combine(ll, output, request, out=None)
     assert (out.shape, out.dtype) == (request.out.shape, torch.bfloat16)
     assert FakePlan.launches[2] == FakePlan.launches[1]
     assert FakePlan.launches[3][10] == out.data_ptr()
     assert FakePlan.launches[3][:10] == FakePlan.launches[1][:10]
-    assert ll._traffic.combine_calls == 3
+    assert traffic.combine_calls == 3
 
 
 @pytest.mark.parametrize(
@@ -530,24 +544,22 @@ def test_calls_like_before_use_the_new_region(ll):
     assert FakePlan.launches[-1][0].peers is ll.regions.current.peers
 
 
-def test_a_region_that_another_thread_replaced_is_not_used(ll):
+def test_a_region_that_another_thread_replaced_is_not_used(ll, lock):
     output, _ = dispatch(ll, dispatch_request(), False)
     request = combine_request(output)
     ll.combine(request, False)
 
-    class Lock(FakeLock):
-        def __enter__(self) -> None:
-            super().__enter__()
-            ll.dispatch(dispatch_request(num_max=2 * ll.regions.current.shape.num_max_tokens), False)
+    def replace() -> None:
+        ll.dispatch(dispatch_request(num_max=2 * ll.regions.current.shape.num_max_tokens), False)
 
-    plain, num_launches = ll._lock, len(FakePlan.launches)
-    ll._lock = Lock()
+    num_launches = len(FakePlan.launches)
+    lock.before = replace
     assert quick_dispatch(ll, dispatch_request()) is None
     assert len(FakePlan.launches) == num_launches + 1
-    ll._lock = plain
+    lock.before = None
     ll.dispatch(dispatch_request(), False)
     ll.combine(request, False)
-    ll._lock = Lock()
+    lock.before = replace
     assert quick_combine(ll, output, request) is None
     assert [launch[-3] for launch in FakePlan.launches] == [WHOLE] * (num_launches + 4)
 
@@ -555,8 +567,8 @@ def test_a_region_that_another_thread_replaced_is_not_used(ll):
 def test_calls_like_before_count_as_outstanding(ll):
     output, _ = dispatch(ll, dispatch_request(), False)
     ll.combine(combine_request(output), False)
-    _, first = quick_dispatch(ll, dispatch_request(), with_hook=True)
-    _, second = quick_combine(ll, output, combine_request(output), with_hook=True)
+    first = quick_dispatch(ll, dispatch_request(), with_hook=True)[4]
+    _, _, second = quick_combine(ll, output, combine_request(output), with_hook=True)
     assert ll.num_pending == 2
     num_launches = len(FakePlan.launches)
     assert quick_dispatch(ll, dispatch_request()) is None
@@ -571,7 +583,7 @@ def test_calls_like_before_count_as_outstanding(ll):
 def test_captured_outputs_have_blocks_of_their_own(ll, monkeypatch):
     ll.dispatch(dispatch_request(), False)
     capture(ll, monkeypatch)
-    ranges = [quick_dispatch(ll, dispatch_request())[0][2][1] for _ in range(3)]
+    ranges = [quick_dispatch(ll, dispatch_request())[2][1] for _ in range(3)]
     assert len({each.untyped_storage().data_ptr() for each in ranges}) == 3
     assert FakePlan.captured == [False, True, True, True]
     assert ll.regions.current.is_leased
@@ -580,7 +592,7 @@ def test_captured_outputs_have_blocks_of_their_own(ll, monkeypatch):
 def test_outputs_made_in_inference_mode_can_be_changed_outside(ll):
     with torch.inference_mode():
         ll.dispatch(dispatch_request(), False)
-    (_, count, handle), _ = quick_dispatch(ll, dispatch_request())
+    _, count, handle, _, _ = quick_dispatch(ll, dispatch_request())
     count.zero_()
     handle[0].zero_()
     handle[1].zero_()
@@ -593,7 +605,7 @@ def test_scales_are_stored_with_tokens_innermost(ll, num_max):
 
 
 def test_hooks_of_a_destroyed_buffer_raise(ll):
-    _, hook = ll.dispatch(dispatch_request(), True)
+    hook = ll.dispatch(dispatch_request(), True)[4]
     ll.close()
     with pytest.raises(BufferDestroyed, match="low_latency_dispatch"):
         hook()

@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -208,15 +209,26 @@ def test_what_copy_engines_bring(bare_kernels):
 
 def test_blocks_that_may_wait_at_once(bare_kernels, monkeypatch):
     """All buffers of all ranks on a GPU find room side by side."""
-    buffers = collections.Counter({bare_kernels.device: 1})
-    monkeypatch.setattr(cuda, "_num_buffers", buffers)
+    monkeypatch.setattr(cuda, "_num_buffers", collections.Counter())
+    monkeypatch.setattr(cuda, "_in_use", weakref.WeakSet())
     blocks = bare_kernels.blocks
+    cuda._share_blocks(bare_kernels, 1)
     assert [blocks(n) for n in (0, 1, 7, 24, 132, 1000)] == [1, 1, 7, 24, 132, 132]
-    buffers[bare_kernels.device] = 3
+    others = [make_bare_kernels() for _ in range(3)]
+    others[2].device = torch.device("cuda", 1)
+    for each in others:
+        cuda._share_blocks(each, 1)
     assert [blocks(n) for n in (24, 44, 1000)] == [24, 44, 44]
+    assert [each.max_blocks for each in others] == [44, 44, 132]
     bare_kernels.memory.num_sharing = 8
-    assert [blocks(n) for n in (2, 24)] == [2, 5]
-    buffers[bare_kernels.device] = 100
+    cuda._share_blocks(others[2], -1)
+    del others[2]
+    cuda._share_blocks(others[1], -1)
+    assert ([blocks(n) for n in (2, 24)], others[0].max_blocks) == ([2, 8], 66)
+    del others  # without an end: it may still use its share
+    gc.collect()
+    for _ in range(100):
+        cuda._share_blocks(make_bare_kernels(), 1)
     assert blocks(24) == 1
 
 

@@ -24,7 +24,6 @@ from low_latency_cases import (
     sum_by_source,
 )
 from low_latency_fakes import (
-    STREAM,
     FakeKernels,
     FakeLock,
     FakePlan,
@@ -213,9 +212,7 @@ def test_ranks_agree_on_the_layout(spawn_fresh):
 @pytest.fixture
 def ll(monkeypatch):
     install_fakes(monkeypatch)
-    kernels = LowLatencyKernels(FakeKernels(), FakeLock(), TrafficStats(), 0.5)
-    kernels._current_stream = lambda: STREAM
-    return kernels
+    return LowLatencyKernels(FakeKernels(), FakeLock(), TrafficStats(), 0.5)
 
 
 @pytest.mark.parametrize("scale_format", [None, "fp32"])
@@ -225,7 +222,7 @@ def test_outputs_of_a_dispatch(ll, scale_format, with_weights):
     options = {"scale_format": scale_format, "with_weights": with_weights, "recv": stats}
     request = dispatch_request(hidden=640, expert_major=False, **options)
     output, _ = dispatch(ll, request, False)
-    again = quick_dispatch(ll, request)[0]
+    again = quick_dispatch(ll, request)[:3]
     assert len(FakePlan.launches) == 2
     assert quick_dispatch(ll, request, expert_major=True) is None
     for recv_x, count, handle in ((output.rows, output.count, output.handle), again):

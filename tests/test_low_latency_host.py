@@ -149,7 +149,7 @@ def test_a_third_outstanding_operation_takes_part_in_nothing(world):
     combine(world, handle)
     hooks = [dispatch(world, return_recv_hook=True)[4], combine(world, handle, return_recv_hook=True)[2]]
     num_launches = len(FakePlan.launches)
-    calls = [outstanding.num_calls for outstanding in world.ll._outstanding]
+    calls = [world.ll._operations.num_calls(kind) for kind in (0, 1)]
     for again in ({}, {"async_finish": True}, {"return_recv_hook": True}):
         with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
             dispatch(world, **again)
@@ -158,7 +158,7 @@ def test_a_third_outstanding_operation_takes_part_in_nothing(world):
     with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
         portable_combine(world)
     assert len(FakePlan.launches) == num_launches
-    assert [outstanding.num_calls for outstanding in world.ll._outstanding] == calls
+    assert [world.ll._operations.num_calls(kind) for kind in (0, 1)] == calls
     assert refusals(world) == []
     for hook in hooks:
         hook()
@@ -167,9 +167,9 @@ def test_a_third_outstanding_operation_takes_part_in_nothing(world):
 
 def test_hooks_of_both_engines_count_together(world):
     handle = empty_handle(world)
-    calls = world.ll._outstanding[1].num_calls
+    calls = world.ll._operations.num_calls(1)
     combined, _, portable = portable_combine(world, return_recv_hook=True)
-    assert world.ll._outstanding[1].num_calls == calls  # the kernels' epochs are their own
+    assert world.ll._operations.num_calls(1) == calls  # the kernels' epochs are their own
     received = dispatch(world, return_recv_hook=True)
     with pytest.raises(ConfigError, match="2 low-latency operations are outstanding"):
         dispatch(world)

@@ -1,18 +1,23 @@
 """What the native side sees of a low-latency call's tensors, and what it leaves to the detailed checks."""
 
+import contextlib
 import ctypes
 import gc
 import itertools
 import weakref
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import pytest
 import torch
-from low_latency_fakes import BEGIN, LAUNCH, Entry
+from low_latency_fakes import BEGIN, LAUNCH, Entry, FakeKernels, FakeLock
 
 from deep_ep._native import _C
 from deep_ep.engines.low_latency_call import ReceiveHook
 from deep_ep.engines.low_latency_plans import PLACES, HandleShape, handles_of, maker_of, view_maker
+from deep_ep.errors import BufferDestroyed, CommTimeout
+from deep_ep.event import EventOverlap
+from deep_ep.traffic import TrafficStats
 
 T, H, K, M, L, R = 3, 64, 2, 4, 5, 3
 CPU = torch.device("cpu")
@@ -56,9 +61,11 @@ class Recorder:
         self.launches: list[tuple[Any, ...]] = []
         self.begun: list[int] = []
 
+        self.state = state
+
         def begin(_: None, stream: int) -> int:
             self.begun.append(stream)
-            return state
+            return self.state
 
         def launch(_: None, arguments: int, *rest: int) -> None:
             self.launches.append((*(ctypes.c_int64 * num_arguments).from_address(arguments), *rest))
@@ -70,8 +77,38 @@ class Recorder:
         return ctypes.addressof(self.functions)
 
 
-def no_lease() -> None:
-    raise AssertionError("nothing is captured")
+class Place:
+    """A region, whose leases are counted."""
+
+    num_pending = leases = 0
+
+    def lease(self) -> None:
+        self.leases += 1
+
+
+class World:
+    """What a buffer's operations have in common, on the CPU."""
+
+    def __init__(self) -> None:
+        self.kernels, self.lock, self.traffic, self.region = FakeKernels(), FakeLock(), TrafficStats(), Place()
+        self.kernels.max_blocks, self.device, self.used = 5, -1, []
+        self.operations = _C.LowLatencyOperations(
+            *(self.lock, self.kernels, -1, lambda: self.device, lambda: STREAM, self.traffic, EventOverlap),
+            *(self.use_device, self.raise_failure, self.raise_closed, PLACES),
+        )
+
+    @contextlib.contextmanager
+    def use_device(self) -> Iterator[None]:
+        self.used.append("begin")
+        yield
+        self.used.append("end")
+
+    def raise_failure(self, kernels: Any) -> NoReturn:
+        assert kernels is self.kernels
+        raise CommTimeout("it is late")
+
+    def raise_closed(self, operation: str) -> NoReturn:
+        raise BufferDestroyed(operation)
 
 
 def make_handles(with_weights: bool = False, expert_major: bool = True) -> _C.LowLatencyHandles:
@@ -84,27 +121,30 @@ class DispatchCalls:
         self, is_int64: bool = True, with_weights: bool = False, tensor_type: type = torch.Tensor, **other: Any
     ) -> None:
         made = {"handles": make_handles(), "rows": ROWS, "scales": None}
-        given: dict[str, Any] = {"state": 0, "lease": no_lease, **made, **other}
-        self.plan = Recorder(9, given["state"])
+        given: dict[str, Any] = {"state": 0, **made, **other}
+        self.plan, self.world = Recorder(9, given["state"]), World()
         self.calls = _C.LowLatencyDispatchCalls(
-            *(tensor_type, -1, M, H, K, is_int64, with_weights, L, R, self.plan, given["lease"], maker_of(CPU)),
+            *(self.world.operations, tensor_type, -1, M, H, K, is_int64, with_weights, L, R, self.plan),
+            *(self.world.region, 2 * H, "bfloat16", maker_of(CPU)),
             *(given["handles"], given["rows"], given["scales"]),
         )
 
     def read(self, *tensors: object) -> tuple[int, ...] | None:
         """What is launched with of the tensors that a call passes."""
-        done = self.calls.try_run(*tensors, WHOLE, 5, STREAM)
+        done = self.calls.try_run(*tensors, False)
         if done is None:
-            assert not self.plan.launches and not self.plan.begun
+            assert not self.plan.launches and not self.plan.begun and not self.world.kernels.launches
             return None
         x, idx, weights, num_tokens, rows, scales, small, recv, wait, *rest = self.plan.launches.pop()
-        (recv_x, _, handle), same_num_tokens, sent = done
+        recv_x, _, handle, event, hook = done
+        assert (type(event), vars(event), event.event, hook) == (EventOverlap, {}, None, None)
         assert tensors[5] is None or recv_x is tensors[5]
         pair = recv_x if isinstance(recv_x, tuple) else (recv_x, None)
         assert (rows, scales) == tuple(0 if part is None else part.data_ptr() for part in pair)
         assert small == getattr(handle[0], PLACES)[1]
-        assert (rest, same_num_tokens, sent) == ([WHOLE, 5, STREAM, False], num_tokens, None)
+        assert rest == [WHOLE, 5, STREAM, False]
         assert self.plan.begun.pop() == STREAM
+        assert self.world.kernels.launches == {"low_latency_dispatch": self.world.traffic.dispatch_calls}
         return x, idx, weights, num_tokens, recv, wait
 
 
@@ -201,7 +241,7 @@ def test_a_dispatch_writes_to_given_tensors():
     other = torch.empty_strided((L, R * M, 1), (R * M, 1, 99), dtype=torch.float32)
     assert DispatchCalls(rows=FP8_ROWS, scales=single).read(*dispatch_tensors(out=(rows, other))) is not None
     # Checked before.
-    (recv_x, _, _), _, _ = calls.calls.run((16, 32, 0, T, 0, 0, 48, 64), (rows, scales), WHOLE, 5, STREAM)
+    recv_x = calls.calls.run((16, 32, 0, T, 0, 0, 48, 64), (rows, scales), False, None, None)[0]
     assert (recv_x[0] is rows, recv_x[1] is scales) == (True, True)
     assert calls.plan.launches[-1][4:6] == (48, 64)
 
@@ -303,21 +343,23 @@ def test_tensors_that_have_no_native_side_are_not_read():
 
 class CombineCalls:
     def __init__(self, expert_major: bool = True, is_int64: bool = True, weights_at: int = -1, **other: Any) -> None:
-        given = {"state": 0, "lease": no_lease, **other}
         groups, capacity = (L, R * M) if expert_major else (R, M)
-        self.plan, self.places = Recorder(12, given["state"]), (256, 2048, 3072, weights_at)
+        self.plan, self.places = Recorder(12, other.get("state", 0)), (256, 2048, 3072, weights_at)
+        self.world = World()
         self.calls = _C.LowLatencyCombineCalls(
-            *(torch.Tensor, -1, groups, capacity, H, M, K, is_int64, expert_major, R, self.places, self.plan),
-            *(given["lease"], maker_of(CPU), ((H, 1), BF16), ((1,), (1,), torch.int64)),
+            *(self.world.operations, torch.Tensor, -1, groups, capacity, H, M, K, is_int64, expert_major, R),
+            *(self.places, self.plan, self.world.region, 2 * H, maker_of(CPU)),
+            *(((H, 1), BF16), ((1,), (1,), torch.int64)),
         )
 
     def read(self, *tensors: Any) -> tuple[int, ...] | None:
-        done = self.calls.try_run(*tensors, WHOLE, 5, STREAM)
+        done = self.calls.try_run(*tensors[:7], False, tensors[7])
         if done is None:
-            assert not self.plan.launches and not self.plan.begun
+            assert not self.plan.launches and not self.plan.begun and not self.world.kernels.launches
             return None
-        out, num_tokens, sent, ticket = done
-        assert (num_tokens, sent, ticket) == (tensors[3].shape[0], None, None)
+        out, event, hook = done
+        assert (type(event), event.event, hook) == (EventOverlap, None, None)
+        num_tokens = tensors[3].shape[0]
         x, info, ranges, *places, idx, weights, tokens, out_at, wait, no_ticket, part, sms, stream, captured = (
             self.plan.launches.pop()
         )
@@ -348,6 +390,11 @@ def combine_tensors(expert_major: bool = True, **other: object) -> list[object]:
         "block": block.data_ptr(),
     }
     return list({**given, **other}.values())
+
+
+def combine_arguments(with_hook: bool = False, **other: object) -> list[object]:
+    *tensors, block = combine_tensors(**other)
+    return [*tensors, with_hook, block]
 
 
 @pytest.mark.parametrize("expert_major", [True, False])
@@ -408,61 +455,136 @@ def test_what_a_combine_kernel_cannot_take(wrong):
 def test_a_dispatch_goes_from_inputs_to_outputs():
     """In both parts, with scales."""
     calls = DispatchCalls(scales=SCALES)
-    inputs = (16, 32, 0, T, 48, 64)
-    ((rows, made), count, handle), num_tokens, sent = calls.calls.run((*inputs, 0, 0), None, SEND, 5, STREAM)
-    assert (count.shape, len(handle), num_tokens) == ((L,), 5, T)
+    inputs, stats = (16, 32, 0, T, 48, 64), torch.zeros(1)
+    (rows, made), count, handle, event, hook = calls.calls.run((*inputs, 0, 0), None, True, stats, None)
+    assert (count.shape, len(handle), event.event) == ((L,), 5, None)
     assert (rows.shape, rows.stride(), rows.dtype) == ((L, R * M, H), (R * M * H, H, 1), BF16)
     assert (made.shape, made.stride(), made.dtype) == SCALES
-    assert calls.calls.receive(sent, 4, 9)
+    world = calls.world
+    assert (world.region.num_pending, world.operations.num_pending, world.operations.age(0)) == (1, 1, 1)
+    world.kernels.max_blocks = 4
+    hook()
     small = getattr(handle[0], PLACES)[1]
     arguments = (*inputs[:4], rows.data_ptr(), made.data_ptr(), small, *inputs[4:])
-    assert calls.plan.launches == [(*arguments, SEND, 5, STREAM, False), (*arguments, RECEIVE, 4, 9, False)]
-    assert calls.plan.begun == [STREAM, 9]
+    assert calls.plan.launches == [(*arguments, SEND, 5, STREAM, False), (*arguments, RECEIVE, 4, STREAM, False)]
+    assert calls.plan.begun == [STREAM] * 2
+    assert (world.region.num_pending, world.operations.num_pending, world.region.leases) == (0, 0, 0)
+    assert (world.kernels.launches, world.used, world.lock.held) == ({"low_latency_dispatch": 2}, [], 0)
+    assert world.traffic == TrafficStats(1, 0, T, 0, T * 2 * H, 0, {"bfloat16": 1})
 
 
 def test_a_combine_goes_from_inputs_to_outputs():
     calls = CombineCalls(weights_at=512)
-    inputs = tuple(range(16, 16 + 8)), T, 32, 33
-    inputs = (*inputs[0], *inputs[1:])
-    assert calls.calls.run(inputs, WHOLE, 5, STREAM) == (None, T, None, None)
+    inputs = (*range(16, 16 + 8), T, 32, 33)
+    out = torch.zeros(1)
+    assert calls.calls.run(inputs, out, False, None)[0] is out
     assert calls.plan.launches.pop() == (*inputs, 0, WHOLE, 5, STREAM, False)
-    out, num_tokens, sent, ticket = calls.calls.run(inputs, SEND, 5, STREAM)
-    assert (out, num_tokens, ticket.dtype, ticket.shape) == (None, T, torch.int64, (1,))
-    assert calls.calls.receive(sent, 4, 9)
-    arguments = (*inputs, ticket.data_ptr())
-    assert calls.plan.launches == [(*arguments, SEND, 5, STREAM, False), (*arguments, RECEIVE, 4, 9, False)]
-    for wrong in (b"", sent + b"0", None, 3):
-        with pytest.raises(TypeError, match="what the first part returned"):
-            calls.calls.receive(wrong, 4, 9)
+    same, event, hook = calls.calls.run(inputs, out, True, None)
+    assert (same is out, event.event, calls.world.operations.age(1)) == (True, None, 1)
+    hook()
+    *arguments, ticket = calls.plan.launches[0][:-4]
+    assert (tuple(arguments), ticket != 0) == (inputs, True)
+    arguments = (*inputs, ticket)
+    assert calls.plan.launches == [(*arguments, SEND, 5, STREAM, False), (*arguments, RECEIVE, 5, STREAM, False)]
+    assert calls.world.traffic == TrafficStats(0, 2, 0, 2 * T, 0, 2 * T * 2 * H)
     calls.plan.launches.clear()
+    calls = CombineCalls(weights_at=512)
     assert calls.read(*combine_tensors()) is not None
+
+
+def begin(calls: DispatchCalls | CombineCalls, with_hook: bool = False) -> Any:
+    """An operation of addresses."""
+    if isinstance(calls, DispatchCalls):
+        return calls.calls.run((16, 16, 0, T, 0, 0, 0, 0), None, with_hook, None, None)
+    return calls.calls.run((16,) * 8 + (T, 16, 16), torch.zeros(1), with_hook, None)
 
 
 @pytest.mark.parametrize("make", [DispatchCalls, CombineCalls])
 def test_nothing_is_made_after_a_failure(make):
     calls = make(state=-1)
-    is_dispatch = make is DispatchCalls
-    good = dispatch_tensors() if is_dispatch else combine_tensors()
-    inputs = ((16, 16, 0, T, 0, 0, 0, 0), None) if is_dispatch else ((16,) * 11,)
-    sent = make().calls.run(*inputs, SEND, 5, STREAM)[2]
-    assert calls.calls.try_run(*good, WHOLE, 5, STREAM) is None
-    assert calls.calls.run(*inputs, WHOLE, 5, STREAM) is None
-    assert not calls.calls.receive(sent, 5, STREAM)
-    assert calls.plan.begun == [STREAM] * 3
-    assert calls.plan.launches == []
+    good = [*dispatch_tensors(), False] if make is DispatchCalls else combine_arguments()
+    assert calls.calls.try_run(*good) is None
+    assert begin(calls) is None
+    assert calls.plan.begun == [STREAM] * 2
+    assert (calls.plan.launches, calls.world.kernels.launches) == ([], {})
+    assert calls.world.traffic == TrafficStats()
+
+
+@pytest.mark.parametrize("make", [DispatchCalls, CombineCalls])
+def test_hooks_that_cannot_receive(make):
+    """After a failure, as often as one is known; of a buffer that was destroyed; and of one that has started anew."""
+    kind = int(make is CombineCalls)
+    name = ("low_latency_dispatch", "low_latency_combine")[kind]
+    calls = make()
+    for known in (True, False):
+        hook = begin(calls, True)[-1]
+        if known:
+            calls.world.kernels.failure = CommTimeout("it was late")
+        else:
+            calls.plan.state = -1
+        with pytest.raises(CommTimeout, match="it is late"):
+            hook()
+        hook()
+        calls.world.kernels.failure, calls.plan.state = None, 0
+    assert calls.world.operations.num_pending == calls.world.region.num_pending == 2
+    hook = begin(calls, True)[-1]
+    calls.world.operations.forget_pending()
+    num_launches = len(calls.plan.launches)
+    hook()
+    assert (calls.world.operations.num_pending, len(calls.plan.launches)) == (0, num_launches)
+    hook = begin(calls, True)[-1]
+    calls.world.operations.close()
+    with pytest.raises(BufferDestroyed, match=name):
+        hook()
+    assert calls.world.lock.held == 0
+
+
+@pytest.mark.parametrize("make", [DispatchCalls, CombineCalls])
+def test_hooks_are_called_by_any_thread(make):
+    calls = make()
+    hook = begin(calls, True)[-1]
+    calls.world.device = 3
+    hook()
+    assert calls.world.used == ["begin", "end"]
+    assert len(calls.plan.launches) == 2
+    hook, calls.world.device = begin(calls, True)[-1], 3
+    calls.plan.state = -1
+    with pytest.raises(CommTimeout):
+        hook()
+    assert calls.world.used == ["begin", "end"] * 2
+
+
+@pytest.mark.parametrize("make", [DispatchCalls, CombineCalls])
+def test_hooks_keep_what_is_used(make):
+    calls = make()
+    if make is DispatchCalls:
+        kept = torch.zeros(L, dtype=torch.int32)
+        done = calls.calls.try_run(*dispatch_tensors(recv_stats=kept), True)
+    else:
+        kept = torch.zeros((L, R * M, H), dtype=BF16)
+        done = calls.calls.try_run(*combine_arguments(x=kept, with_hook=True))
+    life, owner, hook = weakref.ref(kept), weakref.ref(calls.world.region), done[-1]
+    calls.world.kernels.launches.clear()
+    del kept, done
+    gc.collect()
+    assert life() is not None and owner() is not None
+    hook()
+    assert life() is None
+    hook()
+    assert repr(hook).startswith("<built-in method receive_hook")
 
 
 @pytest.mark.parametrize("make", [DispatchCalls, CombineCalls])
 def test_what_is_captured_is_leased(make):
-    leases: list[int] = []
-    calls = make(state=1, lease=lambda: leases.append(1))
-    is_dispatch = make is DispatchCalls
-    good = dispatch_tensors() if is_dispatch else combine_tensors()
-    made = [calls.calls.try_run(*good, WHOLE, 5, STREAM) for _ in range(2)]
-    assert leases == [1, 1]
-    assert [launch[-1] for launch in calls.plan.launches] == [True, True]
-    if is_dispatch:
-        slabs = {received[2][0].untyped_storage().data_ptr() for received, _, _ in made}
+    calls = make(state=1)
+    good = [*dispatch_tensors(), False] if make is DispatchCalls else combine_arguments()
+    made = [calls.calls.try_run(*good) for _ in range(2)]
+    assert calls.world.region.leases == 2
+    begin(calls, True)[-1]()
+    assert calls.world.region.leases == 4
+    assert [launch[-1] for launch in calls.plan.launches] == [True] * 4
+    if make is DispatchCalls:
+        slabs = {handle[0].untyped_storage().data_ptr() for _, _, handle, _, _ in made}
         assert len(slabs) == 2
 
 
@@ -475,13 +597,14 @@ def test_errors_on_the_way_are_raised():
         handles = _C.LowLatencyHandles(make_slab, view, 2, 64, layouts, None, PLACES, (M, H, L))
         calls = DispatchCalls(handles=handles)
         with pytest.raises(MemoryError, match="no room"):
-            calls.calls.try_run(*dispatch_tensors(), WHOLE, 5, STREAM)
+            calls.calls.try_run(*dispatch_tensors(), False)
         assert calls.plan.launches == []
     with pytest.raises(ValueError, match="three"):
         _C.LowLatencyHandles(fail, fail, 2, 64, layouts[:2], None, PLACES, (M, H, L))
-    calls = CombineCalls(state=1, lease=fail)
+    calls = CombineCalls(state=1)
+    calls.world.region.lease = fail
     with pytest.raises(MemoryError, match="no room"):
-        calls.calls.try_run(*combine_tensors(), WHOLE, 5, STREAM)
+        calls.calls.try_run(*combine_arguments())
     assert calls.plan.launches == []
 
 
@@ -491,16 +614,18 @@ def test_errors_on_the_way_are_raised():
 
 def test_wrong_arguments_of_native_methods_are_type_errors():
     calls = CombineCalls()
-    run, good = calls.calls.try_run, [*combine_tensors(), WHOLE, 5, STREAM]
+    run, good = calls.calls.try_run, combine_arguments()
     for wrong in ([], good[:-1], [*good, None]):
-        with pytest.raises(TypeError, match=rf"try_run\(\) takes 11 arguments but {len(wrong)} were given"):
+        with pytest.raises(TypeError, match=rf"try_run\(\) takes 9 arguments but {len(wrong)} were given"):
             run(*wrong)
     for value in (-1, 1 << 64, 1.0, "1", None, torch.zeros(1)):
-        with pytest.raises(TypeError, match=r"try_run\(\) argument 8 is .*, of the wrong type"):
-            run(*good[:7], value, *good[8:])
+        with pytest.raises(TypeError, match=r"try_run\(\) argument 9 is .*, of the wrong type"):
+            run(*good[:8], value)
     with pytest.raises(TypeError, match="keyword"):
         run(x=good[0])
-    assert run(*good[:7], (1 << 64) - 1, *good[8:]) is None
+    with pytest.raises(TypeError, match=r"try_run\(\) argument 8 is 1, of the wrong type"):
+        run(*good[:7], 1, good[8])
+    assert run(*good[:8], (1 << 64) - 1) is None
     assert calls.plan.launches == []
     assert run(*good) is not None
 
@@ -511,7 +636,7 @@ def test_native_methods_keep_their_object():
     del calls
     gc.collect()
     assert life() is not None
-    assert run(*dispatch_tensors(), WHOLE, 5, STREAM) is not None
+    assert run(*dispatch_tensors(), False) is not None
     del run
     gc.collect()
     assert life() is None

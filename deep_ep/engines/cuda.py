@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import collections
 import functools
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -39,8 +41,10 @@ MAX_PEERS, MAX_LOCAL_EXPERTS, MAX_CHANNELS = 32, 1024, 128
 Sent = tuple[int, int, int, tuple[int, ...], int, int]
 _UNIT = (1,)
 _NO_STRIDES = (0, 0)
-#: Buffers of this process by device: the SMs that waiting blocks may take are shared between them.
+#: Buffers of this process by device, and those of them in use: they share the SMs that waiting blocks may take.
 _num_buffers: collections.Counter[torch.device] = collections.Counter()
+_in_use: weakref.WeakSet[CudaKernels] = weakref.WeakSet()
+_sharing = threading.RLock()  # a buffer may end anywhere, since collecting garbage does that
 
 
 class CudaKernels(DispatchOutputs, CombineInputs):
@@ -50,6 +54,10 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         memory: the peers' memory; its control block belongs to this object.
         timeout_s: deadline of every wait on the device.
         traffic: what is moved is counted there.
+
+    Attributes:
+        failure: what kernels have reported and was raised; None after `recover`.
+        max_blocks: that may wait for peers at once: all buffers of all ranks on this GPU must find room side by side.
     """
 
     def __init__(self, memory: PeerMemory, timeout_s: float, traffic: TrafficStats) -> None:
@@ -77,11 +85,12 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         self._last_handle, self._next_handle, self._view = None, None, view_maker()
         self._staging_refused = 0
         self._missing, self._is_full = 0, False
-        self._failure: DeepEPError | None = None
+        self.failure: DeepEPError | None = None
+        self.max_blocks = 1
         self._stream, self._capturing, self._launched = 0, False, False
         self.launches: dict[str, int] = {}
         self._is_open = True
-        _num_buffers[self.device] += 1
+        _share_blocks(self, 1)
 
     # What is served.
 
@@ -141,8 +150,8 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         return self._domain
 
     def blocks(self, num_sms: int) -> int:
-        """Blocks that may wait for peers at once: all buffers of all ranks on this GPU must find room side by side."""
-        most = self._num_sms // (self.memory.num_sharing * _num_buffers[self.device]) or 1
+        """Blocks of an operation that may take so many SMs."""
+        most = self.max_blocks
         return most if num_sms > most else num_sms or 1
 
     # Operations.
@@ -177,7 +186,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
 
     def try_layout(self, topk_idx: Any, num_experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """`layout` of arguments as they came; None if they are unusual or kernels have reported a failure."""
-        if self._failure is not None:
+        if self.failure is not None:
             return None
         if torch.is_inference_mode_enabled():  # whose tensors are of less use outside
             with torch.inference_mode(False):
@@ -416,7 +425,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
 
     def refuse(self, operation: str) -> None:
         """Take part in an operation without moving anything, so that the peers learn of it and go on."""
-        if self._launched or self._capturing or self._failure is not None:
+        if self._launched or self._capturing or self.failure is not None:
             return
         if operation == "combine" and self.memory.staging_bytes:
             self._push_number += 1
@@ -431,7 +440,7 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         Raises:
             CommTimeout, ConfigError, PeerError: see `raise_failure`.
         """
-        if self._failure is not None or self._error() is not None:
+        if self.failure is not None or self._error() is not None:
             self.raise_failure("check")
 
     def check_results(self) -> None:
@@ -450,22 +459,17 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         if refused is not None:
             raise refusal(refused)
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether a failure has been raised, and nothing recovered from it since."""
-        return self._failure is not None
-
     def raise_failure(self, operation: str) -> NoReturn:
         """Raise the first failure that a kernel reported; the buffer is unusable until `recover`."""
-        if self._failure is None:
+        if self.failure is None:
             record = self._error()
             if record is not None:
-                self._failure = failure(record, self.rank, self.timeout_s)
+                self.failure = failure(record, self.rank, self.timeout_s)
             else:
-                self._failure = never_ran(operation, 2 * self.timeout_s + 10)
+                self.failure = never_ran(operation, 2 * self.timeout_s + 10)
             if self._push is not None:
                 self._push.release()
-        raise self._failure
+        raise self.failure
 
     def recover(self, forget: Callable[[], None]) -> None:
         """Start anew after a failure. Collective: returns when no rank has anything of earlier operations under way.
@@ -484,14 +488,14 @@ class CudaKernels(DispatchOutputs, CombineInputs):
         self.memory.rendezvous("recover: all ranks are idle", None)
         self._domain.reset()
         forget()
-        self._failure, self._push_number, self._guess = None, 0, 0
+        self.failure, self._push_number, self._guess = None, 0, 0
         self.memory.rendezvous("recover: all ranks start anew", None)
 
     def close(self) -> None:
         """Free the record that kernels write. The memory is closed by its owner."""
         if self._is_open:
             self._is_open = False
-            _num_buffers[self.device] -= 1
+            _share_blocks(self, -1)
         if self._push is not None:
             self._push.release()
             self._push.close()
@@ -544,3 +548,15 @@ class CudaKernels(DispatchOutputs, CombineInputs):
                 f"dispatch: {num_experts} experts on {self.num_ranks} ranks and {num_channels} channels; the kernels "
                 f"take at most {MAX_LOCAL_EXPERTS} experts a rank and {2 * MAX_CHANNELS} SMs"
             )
+
+
+def _share_blocks(kernels: CudaKernels, change: int) -> None:
+    """A buffer begins (1) or ends (-1): the shares of all on its device change. One that is only dropped keeps its
+    share, since its kernels may still run."""
+    with _sharing:
+        _num_buffers[kernels.device] += change
+        (_in_use.add if change > 0 else _in_use.discard)(kernels)
+        for each in list(_in_use):
+            if each.device == kernels.device:
+                num_waiting = each.memory.num_sharing * _num_buffers[kernels.device]
+                each.max_blocks = each._num_sms // num_waiting or 1

@@ -4,14 +4,15 @@ Peers write into a region, one symmetric block a rank, of which the kernels keep
 low_latency_layout.h`). The ranks reserve it together at the first call and again when a call needs a larger one;
 after that nothing is allocated but the outputs, which are ordinary memory of torch.
 
-A call like one before takes `try_dispatch` or `try_combine`, which look at no more than could have changed and cost a
-few microseconds. All others are checked in detail by `deep_ep.low_latency` and come through `dispatch` and `combine`.
+A call like one before takes `try_dispatch` or `try_combine`, which look at no more than could have changed and are one
+native call (`csrc/bindings_low_latency_operations.h`). All others are checked in detail by `deep_ep.low_latency` and
+come through `dispatch` and `combine`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
@@ -19,22 +20,24 @@ import torch
 from .. import fp8
 from .._native import _C
 from ..errors import BufferDestroyed, ConfigError, PeerError
+from ..event import EventOverlap
 from ..traffic import TrafficStats
 from .aside import Aside
-from .low_latency_call import Outstanding, ReceiveHook, check_num_outstanding
-from .low_latency_plans import PLACES, CombinePlan, DispatchPlan, Handle, Plans
+from .low_latency_call import ReceiveHook, check_num_outstanding
+from .low_latency_plans import PLACES, Handle, Plans
 from .low_latency_regions import Launcher, Regions
 from .pool import current_stream_of
 from .portable_ll import LowLatencyCombine, LowLatencyDispatch
 
-_DISPATCH, _COMBINE = 0, 1  # LowLatencyKind of csrc/layout/low_latency_layout.h
+#: By LowLatencyKind of csrc/layout/low_latency_layout.h.
 _NAMES = ("low_latency_dispatch", "low_latency_combine")
-_WHOLE, _SEND = 0, 1  # LowLatencyPart of csrc/kernels/low_latency_launch.h
 _NUM_SETS = 2
-_ALL_SMS = 1 << 30
 _LIMITS: dict[str, int] = _C.LOW_LATENCY_LIMITS
-#: Received rows with or without scales, recv_count, and the handle.
-Received = tuple[Any, torch.Tensor, Handle]
+Hook = Callable[[], None] | None
+#: Received rows with or without scales, recv_count, handle, event, and the receive hook.
+Dispatched = tuple[Any, torch.Tensor, Handle, EventOverlap, Hook]
+#: Combined tokens, event, and the receive hook.
+Combined = tuple[torch.Tensor, EventOverlap, Hook]
 
 
 class LowLatencyKernels:
@@ -42,21 +45,24 @@ class LowLatencyKernels:
 
     Args:
         kernels: the buffer's other kernels: stream order, failures and the share of SMs are common.
-        lock: the engine's lock, which `try_dispatch`, `try_combine` and receive hooks take themselves.
+        lock: the engine's, which `try_dispatch`, `try_combine` and receive hooks take themselves.
         traffic: counters of the engine.
         mask_after_s: seconds after which a rank that does not come is masked, so that the others go on without it; 0:
             it is a failure, after the buffer's timeout.
 
     Attributes:
         masked: int32 [R] on the device; not 0 for ranks that are left out. Kernels set it as well.
-        num_pending: operations whose receive hook has not been called.
         index, current_device: of the buffer's device, and a function for that of the calling thread; -1 for the CPU.
+        try_dispatch: what `Buffer.low_latency_dispatch` returns, for its arguments as they come, if the call is like
+            one before; None if something is new or wrong, and then nothing has happened. Takes x, topk_idx,
+            topk_weights, num_max_tokens, num_experts, recv_stats, wait_stats, out, use_fp8, round_scale, use_ue8m0,
+            expert_major and with_hook.
+        try_combine: likewise. Takes x, topk_idx, topk_weights, handle, which must be as dispatch returned it, out,
+            wait_stats, sum_at_home, use_logfmt and with_hook.
     """
 
-    def __init__(
-        self, kernels: Launcher, lock: AbstractContextManager[Any], traffic: TrafficStats, mask_after_s: float = 0.0
-    ) -> None:
-        self._kernels, self._lock, self._traffic = kernels, lock, traffic
+    def __init__(self, kernels: Launcher, lock: Any, traffic: TrafficStats, mask_after_s: float = 0.0) -> None:
+        self._kernels = kernels
         self.device, self.rank, self.num_ranks = kernels.device, kernels.rank, kernels.num_ranks
         self.masked = torch.zeros(self.num_ranks, dtype=torch.int32, device=self.device)
         self._waits = torch.zeros((2, self.num_ranks), dtype=torch.int64, device=self.device)
@@ -65,11 +71,28 @@ class LowLatencyKernels:
         on_gpu = self.device.type == "cuda"
         self.current_device: Callable[[], int] = torch._C._cuda_getDevice if on_gpu else lambda: -1
         self._current_stream = current_stream_of(self.device)
+        self._operations = _C.LowLatencyOperations(
+            lock,
+            kernels,
+            self.index,
+            self.current_device,
+            self._current_stream,
+            traffic,
+            EventOverlap,
+            functools.partial(torch.cuda.device, self.device),
+            _raise_failure,
+            _raise_destroyed,
+            PLACES,
+        )
+        self.try_dispatch: Callable[..., Dispatched | None] = self._operations.try_dispatch
+        self.try_combine: Callable[..., Combined | None] = self._operations.try_combine
         self.regions = Regions(kernels, self.masked, self._waits, mask_after_s)
-        self._plans = Plans(self.regions, self._queue, kernels, self.index)
-        self._outstanding = (Outstanding(), Outstanding())
-        self.num_pending = 0
-        self._is_closed = False
+        self._plans = Plans(self.regions, self._queue, self._operations, kernels, self.index)
+
+    @property
+    def num_pending(self) -> int:
+        """Operations whose receive hook has not been called."""
+        return self._operations.num_pending
 
     @property
     def aside(self) -> Aside:
@@ -93,50 +116,9 @@ class LowLatencyKernels:
             and -(-num_experts // self.num_ranks) <= _LIMITS["local_experts"]
         )
 
-    # Dispatch.
+    # Operations.
 
-    def try_dispatch(
-        self,
-        x: Any,
-        topk_idx: Any,
-        topk_weights: Any,
-        num_max_tokens: Any,
-        num_experts: Any,
-        recv_stats: Any,
-        wait_stats: Any,
-        out: Any,
-        flags: tuple[bool, bool, bool],
-        expert_major: bool,
-        with_hook: bool,
-    ) -> tuple[Received, ReceiveHook | None] | None:
-        """`dispatch` for arguments as they come, if the call is like one before.
-
-        Args:
-            flags: use_fp8, round_scale and use_ue8m0.
-
-        Returns:
-            None if something is new or wrong; then nothing has happened.
-        """
-        kernels = self._kernels
-        with self._lock:
-            if self.current_device() != self.index or kernels.has_failed:
-                return None
-            if self.num_pending and not self._has_room("low_latency_dispatch"):
-                return None
-            try:
-                plans = self._plans.dispatches[
-                    num_max_tokens, num_experts, flags, topk_weights is not None, expert_major
-                ]
-            except (KeyError, TypeError):
-                return None
-            part, num_sms, stream = _SEND if with_hook else _WHOLE, kernels.blocks(_ALL_SMS), self._current_stream()
-            for plan in plans:
-                done = plan.try_run(x, topk_idx, topk_weights, recv_stats, wait_stats, out, part, num_sms, stream)
-                if done is not None:
-                    return self._dispatched(plan, done, stream, recv_stats, wait_stats)
-        return None
-
-    def dispatch(self, request: LowLatencyDispatch, with_hook: bool) -> tuple[Received, ReceiveHook | None]:
+    def dispatch(self, request: LowLatencyDispatch, with_hook: bool) -> Dispatched:
         """Send tokens and receive those of all ranks, on the current stream.
 
         Args:
@@ -145,7 +127,7 @@ class LowLatencyKernels:
             with_hook: only send; the hook receives, on the stream that was current here.
 
         Returns:
-            what comes, whose rows beyond ``count`` are left as they are, and the hook or None.
+            as the caller gets it; rows beyond ``count`` are left as they are.
 
         Raises:
             ConfigError: the region would have to grow during graph capture.
@@ -168,75 +150,12 @@ class LowLatencyKernels:
             _address(scales),
         )
         out = rows if scales is None else (rows, scales)
-        part, stream = _SEND if with_hook else _WHOLE, self._current_stream()
-        done = plan.run(inputs, out, part, self._kernels.blocks(_ALL_SMS), stream)
+        done: Dispatched | None = plan.run(inputs, out, bool(with_hook), recv_stats, wait_stats)
         if done is None:
-            self._raise_failure()
-        return self._dispatched(plan, done, stream, recv_stats, wait_stats)
+            _raise_failure(self._kernels)
+        return done
 
-    def _dispatched(
-        self,
-        plan: DispatchPlan,
-        done: tuple[Received, int, bytes | None],
-        stream: int,
-        recv_stats: torch.Tensor | None,
-        wait_stats: torch.Tensor | None,
-    ) -> tuple[Received, ReceiveHook | None]:
-        """What `dispatch` returns, of what the plan has done."""
-        received, num_tokens, sent = done
-        self._outstanding[_DISPATCH].num_calls += 1
-        self._count("low_latency_dispatch")
-        self._traffic.add_dispatch(num_tokens, plan.row_bytes, plan.dtype_name)
-        if sent is None:
-            return received, None
-        # The region, the outputs and what is added to must outlive the send.
-        return received, self._hook(plan, _DISPATCH, sent, stream, (received, recv_stats, wait_stats))
-
-    # Combine.
-
-    def try_combine(
-        self,
-        x: Any,
-        topk_idx: Any,
-        topk_weights: Any,
-        handle: Any,
-        out: Any,
-        wait_stats: Any,
-        sum_at_home: bool,
-        use_logfmt: bool,
-        with_hook: bool,
-    ) -> tuple[torch.Tensor, ReceiveHook | None] | None:
-        """`combine` for arguments as they come, if the call is like one before and the handle as dispatch returned it.
-
-        Returns:
-            the combined tokens and the hook or None; or None as `try_dispatch`.
-        """
-        kernels = self._kernels
-        with self._lock:
-            if self.current_device() != self.index or kernels.has_failed:
-                return None
-            if self.num_pending and not self._has_room("low_latency_combine"):
-                return None
-            try:
-                src_info, ranges, num_max_tokens, hidden, num_experts = handle
-                shape, block = getattr(src_info, PLACES)
-                if (num_max_tokens, hidden, num_experts) != shape.numbers:
-                    return None
-                plans = self._plans.combines[shape, sum_at_home, use_logfmt]
-            except (AttributeError, KeyError, TypeError, ValueError):
-                return None
-            part, num_sms, stream = _SEND if with_hook else _WHOLE, kernels.blocks(_ALL_SMS), self._current_stream()
-            for plan in plans:
-                done = plan.try_run(
-                    x, src_info, ranges, topk_idx, topk_weights, out, wait_stats, block, part, num_sms, stream
-                )
-                if done is not None:
-                    out = done[0]
-                    kept = (x, src_info, ranges, topk_idx, topk_weights, out, wait_stats)
-                    return out, self._combined(plan, done, stream, kept)
-        return None
-
-    def combine(self, request: LowLatencyCombine, with_hook: bool) -> ReceiveHook | None:
+    def combine(self, request: LowLatencyCombine, with_hook: bool) -> Hook:
         """Send the experts' rows home and sum them into ``request.out``, on the current stream.
 
         Args:
@@ -280,11 +199,10 @@ class LowLatencyKernels:
             _address(request.wait_stats),
         )
         kept = (x, src_info, request.layout_range, topk_idx, request.topk_weights, target, request.wait_stats)
-        part, stream = _SEND if with_hook else _WHOLE, self._current_stream()
-        done = plan.run(arguments, part, self._kernels.blocks(_ALL_SMS), stream)
+        done: Combined | None = plan.run(arguments, target, bool(with_hook), kept)
         if done is None:
-            self._raise_failure()
-        hook = self._combined(plan, done, stream, kept)
+            _raise_failure(self._kernels)
+        hook = done[2]
         if target is out:
             return hook
         if hook is None:
@@ -298,47 +216,7 @@ class LowLatencyKernels:
 
         return ReceiveHook(torch.no_grad()(finish))
 
-    def _combined(
-        self,
-        plan: CombinePlan,
-        done: tuple[object, int, bytes | None, torch.Tensor | None],
-        stream: int,
-        kept: tuple[object, ...],
-    ) -> ReceiveHook | None:
-        """The hook of what the plan has done; ``kept``: the tensors that it uses."""
-        _, num_tokens, sent, ticket = done
-        self._outstanding[_COMBINE].num_calls += 1
-        self._count("low_latency_combine")
-        self._traffic.add_combine(num_tokens, plan.row_bytes)
-        if sent is None:
-            return None
-        return self._hook(plan, _COMBINE, sent, stream, (kept, ticket))
-
-    # Launches.
-
-    def _has_room(self, operation: str) -> bool:
-        """Whether there is room for an operation, without an error if there is none."""
-        try:
-            self.check_outstanding(operation)
-        except ConfigError:
-            return False
-        return True
-
-    def _raise_failure(self) -> NoReturn:
-        """Raise what the kernels have reported.
-
-        Raises:
-            CommTimeout, PeerError, ConfigError: the failure.
-        """
-        self._kernels.check()
-        raise PeerError("low-latency operation: a failure was reported and is no longer known", operation="low_latency")
-
-    def _count(self, name: str) -> None:
-        launches = self._kernels.launches
-        try:
-            launches[name] += 1
-        except KeyError:
-            launches[name] = 1
+    # Outstanding operations.
 
     def check_outstanding(self, operation: str, num_others: int = 0) -> None:
         """Before an operation: whether there is room for it.
@@ -351,58 +229,12 @@ class LowLatencyKernels:
                 part in nothing, so the call may be made again after the hooks.
         """
         check_num_outstanding(operation, self.num_pending + num_others)
-        this = self._outstanding[_NAMES.index(operation)]
-        age = this.num_calls + 1 - min(this.pending, default=this.num_calls + 1)
+        age = self._operations.age(_NAMES.index(operation))
         if age >= _NUM_SETS:
             raise ConfigError(
                 f"{operation}: the low-latency operation of this kind from {age} calls ago is outstanding, and this "
                 "one would use the same part of the buffer; call its receive hook first"
             )
-
-    def _hook(
-        self,
-        plan: DispatchPlan | CombinePlan,
-        kind: int,
-        sent: bytes,
-        stream: int,
-        kept: object,
-    ) -> ReceiveHook:
-        """The receiving half of the operation begun last, for the stream of its sending half."""
-        this, region = self._outstanding[kind], plan.region
-        number = this.num_calls
-        this.pending.add(number)
-        self.num_pending += 1
-        region.num_pending += 1
-        return ReceiveHook(self._receive, plan, kind, this, number, sent, stream, kept=kept)
-
-    def _receive(
-        self,
-        plan: DispatchPlan | CombinePlan,
-        kind: int,
-        this: Outstanding,
-        number: int,
-        sent: bytes,
-        stream: int,
-    ) -> None:
-        """What the hook of an operation does, whose number in ``this`` is given."""
-        with self._lock:
-            if self._is_closed:
-                raise BufferDestroyed(f"receive hook of {_NAMES[kind]}: the buffer was destroyed before it was called")
-            if number not in this.pending:  # forgotten by `recover`
-                return
-            if self.current_device() == self.index:
-                self._launch_receive(plan, kind, sent, stream)
-            else:  # another one than in the thread that made the call
-                with torch.cuda.device(self.device):
-                    self._launch_receive(plan, kind, sent, stream)
-            this.pending.discard(number)
-            self.num_pending -= 1
-            plan.region.num_pending -= 1
-
-    def _launch_receive(self, plan: DispatchPlan | CombinePlan, kind: int, sent: bytes, stream: int) -> None:
-        if self._kernels.has_failed or not plan.receive(sent, self._kernels.blocks(_ALL_SMS), stream):
-            self._raise_failure()
-        self._count(_NAMES[kind])
 
     def refuse(self, operation: str) -> None:
         """Take part in an operation without tokens, after this rank found its own arguments wrong.
@@ -420,7 +252,7 @@ class LowLatencyKernels:
         stream = self._current_stream()
         if self._queue.begin(stream) == 0:
             kind = _NAMES.index(operation)
-            self._outstanding[kind].num_calls += 1
+            self._operations.note_call(kind)
             region.peers.refuse(kind, stream)
             self._queue.end(stream)
 
@@ -438,15 +270,27 @@ class LowLatencyKernels:
 
     def recover(self) -> None:
         """Forget all operations. The ranks are idle, and meet again before the next one."""
-        for each in self._outstanding:
-            each.pending.clear()  # their hooks do nothing any more
-        self._outstanding, self.num_pending = (Outstanding(), Outstanding()), 0
+        self._operations.forget_pending()  # their hooks do nothing any more
         self.regions.clear()
 
     def close(self) -> None:
         """Let go of the memory of outputs. The region goes with the heap, and hooks can no longer be called."""
-        self._is_closed = True
+        self._operations.close()
         self._plans.clear()
+
+
+def _raise_failure(kernels: Launcher) -> NoReturn:
+    """Raise what the kernels have reported.
+
+    Raises:
+        CommTimeout, PeerError, ConfigError: the failure.
+    """
+    kernels.check()
+    raise PeerError("low-latency operation: a failure was reported and is no longer known", operation="low_latency")
+
+
+def _raise_destroyed(operation: str) -> NoReturn:
+    raise BufferDestroyed(f"receive hook of {operation}: the buffer was destroyed before it was called")
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -29,14 +28,6 @@ def check_num_outstanding(operation: str, num_pending: int) -> None:
             f"{operation}: {num_pending} low-latency operations are outstanding, which is the most that a buffer "
             "holds. Call their receive hooks first (one that was dropped without being called needs `recover`)"
         )
-
-
-@dataclass(slots=True)
-class Outstanding:
-    """Operations of a kind on kernels, by their number in the order of the calls."""
-
-    num_calls: int = 0
-    pending: set[int] = field(default_factory=set)
 
 
 class ReceiveHook:

@@ -97,16 +97,11 @@ class DispatchPlan:
     """Dispatches of one shape and format.
 
     Attributes:
-        try_run, run, receive: of `_C.LowLatencyDispatchCalls`.
-        row_bytes, dtype_name: of what travels, for the traffic counters.
+        run: of `_C.LowLatencyDispatchCalls`.
     """
 
     region: Region
-    try_run: Callable[..., Any]
     run: Callable[..., Any]
-    receive: Callable[..., bool]
-    row_bytes: int
-    dtype_name: str
 
 
 @dataclass(slots=True, eq=False)
@@ -114,15 +109,12 @@ class CombinePlan:
     """Combines of one shape.
 
     Attributes:
-        try_run, run, receive: of `_C.LowLatencyCombineCalls`.
+        run: of `_C.LowLatencyCombineCalls`.
         uses_weights: rows are summed with the weights that came with the dispatch.
     """
 
     region: Region
-    try_run: Callable[..., Any]
     run: Callable[..., Any]
-    receive: Callable[..., bool]
-    row_bytes: int
     uses_weights: bool
 
 
@@ -130,30 +122,29 @@ class Plans:
     """The plans of the present region, by what differs between calls.
 
     Args:
+        operations: which learns what calls may be like.
         index: of the CUDA device, -1 for the CPU.
 
     Attributes:
         region: for which there are plans.
-        dispatches: those that a call may be like, by M, E, the flags of the scale format, whether weights come along,
-            and expert_major.
-        combines: likewise, by the shape of the handle, sum_at_home and use_logfmt.
     """
 
-    def __init__(self, regions: Regions, queue: Any, kernels: Launcher, index: int) -> None:
-        self._regions, self._queue, self._index = regions, queue, index
+    def __init__(
+        self, regions: Regions, queue: Any, operations: _C.LowLatencyOperations, kernels: Launcher, index: int
+    ) -> None:
+        self._regions, self._queue, self._operations, self._index = regions, queue, operations, index
         self._rank, self._num_ranks, self._device = kernels.rank, kernels.num_ranks, kernels.device
         self._new = maker_of(kernels.device)
         self.region: Region | None = None
-        self.dispatches: dict[tuple[object, ...], list[DispatchPlan]] = {}
-        self.combines: dict[tuple[object, ...], list[CombinePlan]] = {}
         self._dispatch_of: dict[tuple[object, ...], DispatchPlan] = {}
         self._combine_of: dict[tuple[object, ...], CombinePlan] = {}
         self._shapes: dict[tuple[int, ...], HandleShape] = {}
 
     def clear(self) -> None:
         """Forget all plans."""
-        for plans in (self.dispatches, self.combines, self._dispatch_of, self._combine_of):
-            plans.clear()
+        self._operations.forget_calls()
+        self._dispatch_of.clear()
+        self._combine_of.clear()
 
     def of_dispatch(self, request: LowLatencyDispatch) -> DispatchPlan:
         """The plan of a dispatch, made if there is none.
@@ -185,8 +176,6 @@ class Plans:
             )
             shape = self._handle_shape(num_topk, num_max, hidden, num_experts, *layout)
             plan = self._dispatch_of[key] = self._dispatch_plan(region, native, shape, is_int64, scale_format)
-            alike = (num_max, num_experts, _FLAGS[scale_format], *layout)
-            self.dispatches.setdefault(alike, []).append(plan)
         return plan
 
     def _dispatch_plan(
@@ -197,6 +186,7 @@ class Plans:
         dtype = rows[2]
         row_bytes = hidden * dtype.itemsize + sum(4 * columns for (_, _, columns), _, _ in scales)
         calls = _C.LowLatencyDispatchCalls(
+            self._operations,
             torch.Tensor,
             self._index,
             shape.numbers[0],
@@ -207,14 +197,18 @@ class Plans:
             shape.num_local,
             self._num_ranks,
             native,
-            region.lease,
+            region,
+            row_bytes,
+            str(dtype).removeprefix("torch."),
             self._new,
             handles_of(self._device, native.outputs, shape, self._num_ranks),
             rows,
             scales[0] if scales else None,
         )
-        name = str(dtype).removeprefix("torch.")
-        return DispatchPlan(region, calls.try_run, calls.run, calls.receive, row_bytes, name)
+        num_max, _, num_experts = shape.numbers
+        layout = (shape.with_weights, shape.expert_major)
+        self._operations.add_dispatch(num_max, num_experts, *_FLAGS[scale_format], *layout, calls.try_run)
+        return DispatchPlan(region, calls.run)
 
     def of_combine(self, request: LowLatencyCombine, with_weights: bool) -> CombinePlan:
         """The plan of a combine, made if there is none.
@@ -253,6 +247,7 @@ class Plans:
             )
             num_groups, capacity, _ = shape.rows
             calls = _C.LowLatencyCombineCalls(
+                self._operations,
                 torch.Tensor,
                 self._index,
                 num_groups,
@@ -270,14 +265,14 @@ class Plans:
                     shape.weights_at if uses_weights else -1,
                 ),
                 native,
-                region.lease,
+                region,
+                2 * hidden,
                 self._new,
                 ((hidden, 1), torch.bfloat16),
                 ((1,), (1,), torch.int64),
             )
-            plan = CombinePlan(region, calls.try_run, calls.run, calls.receive, 2 * hidden, uses_weights)
-            self._combine_of[key] = plan
-            self.combines.setdefault((shape, request.sum_at_home, request.use_logfmt), []).append(plan)
+            plan = self._combine_of[key] = CombinePlan(region, calls.run, uses_weights)
+            self._operations.add_combine(shape, request.sum_at_home, request.use_logfmt, calls.try_run)
         return plan
 
     def _handle_shape(
