@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings_call.h"
@@ -25,6 +26,49 @@ using Address = uintptr_t;
 
 constexpr int kWhole = 0, kSend = 1;  // LowLatencyPart of kernels/low_latency_launch.h
 
+// Slabs of memory, each for one stream, whose parts are given out one after the other. A slab lives as long as what was cut
+// from it.
+template <class Slab>
+class Slabs {
+  public:
+    explicit Slabs(int num_parts) : num_parts_(num_parts) {}
+
+    // A slab, and the number of the part. captured: into a graph, whose replays write again to what the capture took, so that is
+    // a slab of its own. make: of so many parts.
+    template <class Make>
+    std::pair<Slab, int> take(Address stream, bool captured, const Make& make) {
+        if (captured) return {make(1), 0};
+        auto found = find(stream);
+        if (found == slabs_.end() || found->next == num_parts_) {
+            Slab made = make(num_parts_);
+            found = find(stream);  // anew, since Python ran
+            if (found != slabs_.end()) {
+                *found = {stream, std::move(made), 0};
+            } else {
+                if (slabs_.size() >= kMaxStreams) slabs_.erase(slabs_.begin());
+                found = slabs_.insert(slabs_.end(), {stream, std::move(made), 0});
+            }
+        }
+        return {found->slab, found->next++};
+    }
+
+  private:
+    static constexpr size_t kMaxStreams = 4;
+
+    struct OfStream {
+        Address stream;
+        Slab slab;
+        int next;
+    };
+    typename std::vector<OfStream>::iterator find(Address stream) {
+        return std::find_if(slabs_.begin(), slabs_.end(),
+                            [&](const OfStream& each) { return each.stream == stream; });
+    }
+
+    int num_parts_;
+    std::vector<OfStream> slabs_;
+};
+
 // The small outputs of dispatches of one shape, cut from slabs of memory.
 class LowLatencyHandles {
   public:
@@ -36,7 +80,7 @@ class LowLatencyHandles {
                       const py::list& layouts, py::object shape, py::str attribute, py::tuple numbers)
         : make_slab_(std::move(make_slab)),
           view_(std::move(view)),
-          num_parts_(num_parts),
+          slabs_(num_parts),
           part_bytes_(part_bytes),
           shape_(std::move(shape)),
           attribute_(std::move(attribute)),
@@ -59,26 +103,14 @@ class LowLatencyHandles {
         py::object count, handle;
         Address address;
     };
-    // captured: into a graph, whose replays write again to what the capture took, so that is a slab of its own.
     Taken take(Address stream, bool captured) {
-        if (captured) return cut(make(stream, 1), 0);
-        auto slab = find(stream);
-        if (slab == slabs_.end() || slab->next == num_parts_) {
-            const Slab made = make(stream, num_parts_);
-            slab = find(stream);  // anew, since Python ran
-            if (slab != slabs_.end()) {
-                *slab = made;
-            } else {
-                if (slabs_.size() >= kMaxStreams) slabs_.erase(slabs_.begin());
-                slab = slabs_.insert(slabs_.end(), made);
-            }
-        }
-        const int part = slab->next++;
-        return cut(Slab(*slab), part);
+        const auto [slab, part] =
+            slabs_.take(stream, captured, [this](int num_parts) { return make(num_parts); });
+        return cut(slab, part);
     }
 
   private:
-    static constexpr size_t kTensors = 3, kMaxStreams = 4;
+    static constexpr size_t kTensors = 3;
 
     struct Layout {
         py::object sizes, strides;
@@ -86,15 +118,14 @@ class LowLatencyHandles {
         std::vector<int64_t> native_sizes, native_strides;
     };
     struct Slab {
-        Address stream, address;
+        Address address;
         py::object tensors[kTensors];
         TensorViews::Base bases[kTensors];  // of these tensors, null where views are made by `view_`
-        int next;
     };
 
-    Slab make(Address stream, int num_parts) const {
+    Slab make(int num_parts) const {
         const auto made = make_slab_(num_parts).cast<py::tuple>();
-        Slab slab{stream, made[0].cast<Address>(), {made[1], made[2], made[3]}, {}, 0};
+        Slab slab{made[0].cast<Address>(), {made[1], made[2], made[3]}, {}};
         const TensorViews* views = TensorViews::find();
         for (size_t i = 0; views != nullptr && i < kTensors; ++i) {
             // Trusted once it has made what `view_` makes.
@@ -128,10 +159,6 @@ class LowLatencyHandles {
                                        offset.ptr()};
         return owned(PyObject_Vectorcall(view_.ptr(), arguments, 4, nullptr));
     }
-    std::vector<Slab>::iterator find(Address stream) {
-        return std::find_if(slabs_.begin(), slabs_.end(),
-                            [&](const Slab& each) { return each.stream == stream; });
-    }
     Taken cut(const Slab& slab, int part) const {
         const Address address = slab.address + static_cast<Address>(part * part_bytes_);
         py::object views[kTensors];
@@ -149,13 +176,12 @@ class LowLatencyHandles {
     }
 
     py::object make_slab_, view_;
-    int num_parts_;
+    Slabs<Slab> slabs_;
     int64_t part_bytes_;
     py::object shape_;
     py::str attribute_;
     py::tuple numbers_;
     Layout layouts_[kTensors];
-    std::vector<Slab> slabs_;
 };
 
 // What is the same in dispatches and combines.
@@ -351,12 +377,13 @@ class LowLatencyCombineCalls {
 
     // num_groups, capacity: of the rows [L, R * M, H], by source [R, M, H]. places: where src_info, source_tokens, positions
     // and weights lie in the block of a handle, the last -1 where they are not used. out: strides and dtype for new_tensor.
-    // ticket: for new_tensor.
+    // ticket_dtype: of 8 bytes.
     LowLatencyCombineCalls(std::shared_ptr<LowLatencyOperations> operations, const py::type& tensor_type,
                            int device_index, int64_t num_groups, int64_t capacity, int64_t hidden,
                            int64_t num_max_tokens, int64_t num_topk, bool topk_is_int64, bool expert_major,
                            int64_t num_ranks, const py::tuple& places, py::object plan, py::object region,
-                           int64_t row_bytes, py::object new_tensor, const py::tuple& out, py::object ticket)
+                           int64_t row_bytes, py::object new_tensor, const py::tuple& out,
+                           py::object ticket_dtype)
         : reader_(tensor_type, device_index),
           num_groups_(num_groups),
           capacity_(capacity),
@@ -374,7 +401,8 @@ class LowLatencyCombineCalls {
                  std::move(region), row_bytes, py::none(), std::move(new_tensor)),
           out_strides_(out[0]),
           out_dtype_(out[1]),
-          ticket_(std::move(ticket)) {}
+          ticket_dtype_(std::move(ticket_dtype)),
+          tickets_(kTicketsOfSlab) {}
 
     LowLatencyCombineCalls(const LowLatencyCombineCalls&) = delete;
     LowLatencyCombineCalls& operator=(const LowLatencyCombineCalls&) = delete;
@@ -383,7 +411,7 @@ class LowLatencyCombineCalls {
     // kernel needs it, or src_info or layout_range is not that of the block but a copy.
     PyObject* try_run(PyObject* x, PyObject* src_info, PyObject* layout_range, PyObject* topk_idx,
                       PyObject* topk_weights, PyObject* out, PyObject* wait_stats, bool with_hook,
-                      Address block) const {
+                      Address block) {
         TensorView rows{}, idx{}, weights{}, info{}, ranges{};
         Address out_at = 0, wait_at = 0;
         if (!reader_.dense(topk_idx, topk_type_, 2, idx) || idx.shape[1] != num_topk_) return none();
@@ -411,7 +439,7 @@ class LowLatencyCombineCalls {
 
     // out: the tensor whose address is in `inputs`; None: a new one. kept: what must live until the hook was called.
     // Combined tokens, event, hook or None. None after a failure that kernels have reported; nothing has been done then.
-    PyObject* run(const Inputs& inputs, PyObject* out, bool with_hook, PyObject* kept) const {
+    PyObject* run(const Inputs& inputs, PyObject* out, bool with_hook, PyObject* kept) {
         const Steps::Begun begun = steps_.begin();
         if (begun.is_failed) return none();
         LowLatencyCombineArguments call{};
@@ -424,7 +452,12 @@ class LowLatencyCombineCalls {
                                  call.out);
         }
         py::object ticket = py::none(), hook = py::none();
-        if (with_hook) ticket = steps_.make(ticket_, call.ticket);
+        if (with_hook) {
+            const auto [slab, number] = tickets_.take(begun.stream, begun.captured,
+                                                      [this](int count) { return make_tickets(count); });
+            call.ticket = slab.address + static_cast<Address>(number) * kTicketBytes;
+            ticket = slab.tensor;
+        }
         steps_.launch(call, begun, with_hook);
         if (with_hook)
             hook = steps_.hook(call, begun, owned(PyTuple_Pack(3, target.ptr(), ticket.ptr(), kept)));
@@ -432,6 +465,21 @@ class LowLatencyCombineCalls {
     }
 
   private:
+    // What sending parts leave to receiving ones.
+    struct Tickets {
+        py::object tensor;
+        Address address;
+    };
+    static constexpr int kTicketsOfSlab = 512, kTicketBytes = 128;  // a line each
+
+    Tickets make_tickets(int count) const {
+        Tickets made{};
+        made.tensor = steps_.make(
+            py::make_tuple(py::make_tuple(count * kTicketBytes / 8), py::make_tuple(1), ticket_dtype_),
+            made.address);
+        return made;
+    }
+
     TensorReader reader_;
     int64_t num_groups_, capacity_, hidden_, num_max_tokens_, num_topk_;
     TensorType topk_type_;
@@ -440,7 +488,8 @@ class LowLatencyCombineCalls {
     Address src_info_at_, source_tokens_at_, positions_at_;
     int64_t weights_at_;
     Steps steps_;
-    py::object out_strides_, out_dtype_, ticket_;
+    py::object out_strides_, out_dtype_, ticket_dtype_;
+    Slabs<Tickets> tickets_;
 };
 
 }  // namespace

@@ -592,7 +592,7 @@ class LowLatencyCombineCalls:
         row_bytes: int,
         new_tensor: Callable[..., Tensor],
         out: tuple[Any, ...],
-        ticket: tuple[Any, ...],
+        ticket_dtype: object,
     ) -> None: ...
     # out, event, hook
     def try_run(

@@ -349,7 +349,7 @@ class CombineCalls:
         self.calls = _C.LowLatencyCombineCalls(
             *(self.world.operations, torch.Tensor, -1, groups, capacity, H, M, K, is_int64, expert_major, R),
             *(self.places, self.plan, self.world.region, 2 * H, maker_of(CPU)),
-            *(((H, 1), BF16), ((1,), (1,), torch.int64)),
+            *(((H, 1), BF16), torch.int64),
         )
 
     def read(self, *tensors: Any) -> tuple[int, ...] | None:
@@ -497,6 +497,22 @@ def begin(calls: DispatchCalls | CombineCalls, with_hook: bool = False) -> Any:
     if isinstance(calls, DispatchCalls):
         return calls.calls.run((16, 16, 0, T, 0, 0, 0, 0), None, with_hook, None, None)
     return calls.calls.run((16,) * 8 + (T, 16, 16), torch.zeros(1), with_hook, None)
+
+
+def test_tickets_lie_on_slabs():
+    """One each, as long as the slab goes round; a captured one alone."""
+    calls = CombineCalls()
+    for _ in range(600):
+        begin(calls, True)[-1]()
+    tickets = [launch[11] for launch in calls.plan.launches]
+    assert tickets[::2] == tickets[1::2]
+    assert all(b - a == 128 for a, b in itertools.pairwise(tickets[:1024:2]))
+    assert tickets[1024] - tickets[1022] != 128
+    calls.plan.state = 1
+    hooks = [begin(calls, True)[-1] for _ in range(2)]
+    captured = [launch[11] for launch in calls.plan.launches[-2:]]
+    assert abs(captured[1] - captured[0]) > 128
+    del hooks
 
 
 @pytest.mark.parametrize("make", [DispatchCalls, CombineCalls])

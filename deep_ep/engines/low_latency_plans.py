@@ -269,7 +269,7 @@ class Plans:
                 2 * hidden,
                 self._new,
                 ((hidden, 1), torch.bfloat16),
-                ((1,), (1,), torch.int64),
+                torch.int64,
             )
             plan = self._combine_of[key] = CombinePlan(region, calls.run, uses_weights)
             self._operations.add_combine(shape, request.sum_at_home, request.use_logfmt, calls.try_run)
