@@ -37,6 +37,7 @@ LOW_LATENCY_TARGETS_US = {
     "combine": {8: 8, 128: 14, 512: 40},
     "pair_graph": {8: 15, 128: 27, 512: 70},
 }
+HOST_TARGET_US = 12  # of a low-latency call without a graph
 
 
 class ResultsError(Exception):
@@ -220,8 +221,9 @@ def low_latency_section(result: dict[str, Any], file_name: str) -> str:
             lines.append([name, *cells])
         rows_are = {"fp8": "FP8 rows", "bf16": "bf16 rows"}.get(form, form)
         parts.append(markdown_table([f"{rows_are}, tokens a rank", *map(str, tokens)], lines))
-    hosts = [f"{row['name']} {row['median_us']:.0f}" for row in result["host"] if row["format"] == "fp8"]
-    remarks = [f"Host time of a call, FP8, us: {'; '.join(hosts)}."] if hosts else []
+    hosts = [f"{row['name']} {row['median_us']:.1f}" for row in result["host"] if row["format"] == "fp8"]
+    wanted = f" (target of a call: {HOST_TARGET_US})" if is_target else ""
+    remarks = [f"Host time, FP8, us{wanted}: {'; '.join(hosts)}."] if hosts else []
     used = result["memory"].get("low_latency_bytes")
     if used:
         remarks.append(f"Symmetric memory of all these cases together: {used / 1e6:.0f} MB a rank.")

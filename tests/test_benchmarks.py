@@ -333,7 +333,7 @@ def test_low_latency_table(tmp_path):
     assert "| FP8 rows, tokens a rank | 8 | 128 |" in text
     assert "| dispatch | 7.4 (7), p99 9.0, 1.6 | 11.6 (12), p99 9.0, 1.6 |" in text
     assert "| pair, hooks | 20.0, p99 9.0, 1.6 | - |" in text
-    assert "Host time of a call, FP8, us: dispatch 13. Symmetric memory" in text
+    assert "Host time, FP8, us (target of a call: 12): dispatch 13.2. Symmetric memory" in text
     assert "of all these cases together: 81 MB a rank." in text
     elsewhere = readme_tables.build(write_results(tmp_path / "other", low_latency_result("NVIDIA H100")))
     assert "| dispatch | 7.4, p99 9.0, 1.6 |" in elsewhere and "target" not in elsewhere

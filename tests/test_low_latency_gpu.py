@@ -68,16 +68,18 @@ def run_wrong_launches(ctx: RankContext) -> None:
     buffer.low_latency_combine(recv, idx, weights, handle)
     torch.cuda.synchronize()
     plans = buffer.runtime.low_latency._plans
-    [[dispatch], [combine]] = [*plans.dispatches.values(), *plans.combines.values()]
-    stream = torch.cuda.current_stream().cuda_stream
-    for run, num_inputs, num_tokens_at, out in ((dispatch.run, 8, 3, [None]), (combine.run, 11, 8, [])):
+    [dispatch], [combine] = plans._dispatch_of.values(), plans._combine_of.values()
+    for run, num_inputs, num_tokens_at, rest in (
+        (dispatch.run, 8, 3, (None, False, None, None)),
+        (combine.run, 11, 8, (None, False, None)),
+    ):
         inputs = [0] * num_inputs
         inputs[num_tokens_at] = 9
         with pytest.raises(ValueError, match="the number of tokens is 9, expected 0 to 8"):
-            run(tuple(inputs), *out, 0, 8, stream)
+            run(tuple(inputs), *rest)
         with pytest.raises(TypeError, match=r"run\(\) argument 1 is .*, of the wrong type"):
-            run((*inputs, 0), *out, 0, 8, stream)
-        with pytest.raises(TypeError, match=rf"run\(\) takes {4 + len(out)} arguments but 1 were given"):
+            run((*inputs, 0), *rest)
+        with pytest.raises(TypeError, match=rf"run\(\) takes {1 + len(rest)} arguments but 1 were given"):
             run(tuple(inputs))
     recv, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, 8, use_fp8=False)
     buffer.low_latency_combine(recv, idx, weights, handle)
