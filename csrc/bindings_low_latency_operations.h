@@ -94,6 +94,7 @@ class LowLatencyOperations : public std::enable_shared_from_this<LowLatencyOpera
         bool sum_at_home, use_logfmt;
         pybind11::object try_run;
     };
+    // MAX_OUTSTANDING of deep_ep/engines/low_latency_call.py, and the sets of a region.
     static constexpr int kMaxPending = 2, kSets = 2;
 
     static PyObject* call_hook(PyObject* capsule, PyObject*);
