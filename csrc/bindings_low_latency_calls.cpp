@@ -189,11 +189,11 @@ class Steps {
   public:
     // plan: whose attribute `entry` is the address of a LowLatencyEntry. region: see LowLatencyOperations::Launched. row_bytes:
     // of what travels for a token. dtype: that of a dispatch's rows, by name. new_tensor: takes sizes, strides and a dtype.
-    Steps(const TensorReader& reader, std::shared_ptr<LowLatencyOperations> operations,
+    Steps(const TensorReader& reader, const std::shared_ptr<LowLatencyOperations>& operations,
           LowLatencyOperations::Kind kind, py::object plan, py::object region, int64_t row_bytes,
           py::object dtype, py::object new_tensor)
         : reader_(reader),
-          operations_(std::move(operations)),
+          operations_(operations),
           kind_(kind),
           plan_(std::move(plan)),
           region_(std::move(region)),
@@ -203,15 +203,18 @@ class Steps {
           entry_(reinterpret_cast<const LowLatencyEntry*>(plan_.attr("entry").cast<Address>())) {}
 
     struct Begun {
+        std::shared_ptr<LowLatencyOperations> operations;
         Address stream;
         bool captured, is_failed;
     };
     // is_failed: kernels have reported a failure; then nothing has been done.
     Begun begin() const {
-        const Address stream = operations_->stream();
+        std::shared_ptr<LowLatencyOperations> operations = operations_.lock();
+        if (operations == nullptr) throw py::value_error("the buffer's low-latency operations are gone");
+        const Address stream = operations->stream();
         const int state = entry_->begin(entry_->plan, stream);
         if (state > 0) region_.attr("lease")();
-        return {stream, state > 0, state < 0};
+        return {std::move(operations), stream, state > 0, state < 0};
     }
     // layout: a tuple of what new_tensor takes.
     py::object make(const py::object& layout, Address& address) const {
@@ -223,21 +226,20 @@ class Steps {
     }
     template <class Arguments>
     void launch(const Arguments& arguments, const Begun& begun, bool with_hook) const {
-        entry_->launch(entry_->plan, &arguments, with_hook ? kSend : kWhole, operations_->num_blocks(),
+        entry_->launch(entry_->plan, &arguments, with_hook ? kSend : kWhole, begun.operations->num_blocks(),
                        begun.stream, begun.captured);
-        operations_->count(kind_, arguments.num_tokens, row_bytes_, dtype_.ptr());
+        begun.operations->count(kind_, arguments.num_tokens, row_bytes_, dtype_.ptr());
     }
     // kept: what must live until the hook was called.
     template <class Arguments>
     py::object hook(const Arguments& arguments, const Begun& begun, py::object kept) const {
-        return operations_->hook(kind_, {entry_, plan_, region_, &arguments, sizeof(arguments), begun.stream},
-                                 std::move(kept));
+        return begun.operations->hook(
+            kind_, {entry_, plan_, region_, &arguments, sizeof(arguments), begun.stream}, std::move(kept));
     }
-    py::object new_event() const { return operations_->new_event(); }
 
   private:
     const TensorReader& reader_;
-    std::shared_ptr<LowLatencyOperations> operations_;
+    std::weak_ptr<LowLatencyOperations> operations_;  // which knows these calls, and would live for ever
     LowLatencyOperations::Kind kind_;
     py::object plan_, region_;
     int64_t row_bytes_;
@@ -269,12 +271,12 @@ class LowLatencyDispatchCalls {
     using Inputs = std::tuple<Address, Address, Address, int64_t, Address, Address, Address, Address>;
 
     // handles: kept alive by the caller. rows, scales: for new_tensor, the latter None for bf16 rows.
-    LowLatencyDispatchCalls(std::shared_ptr<LowLatencyOperations> operations, const py::type& tensor_type,
-                            int device_index, int64_t num_max_tokens, int64_t hidden, int64_t num_topk,
-                            bool topk_is_int64, bool with_weights, int64_t num_local, int64_t num_ranks,
-                            py::object plan, py::object region, int64_t row_bytes, py::object dtype,
-                            const py::object& new_tensor, LowLatencyHandles& handles, const py::tuple& rows,
-                            const py::object& scales)
+    LowLatencyDispatchCalls(const std::shared_ptr<LowLatencyOperations>& operations,
+                            const py::type& tensor_type, int device_index, int64_t num_max_tokens,
+                            int64_t hidden, int64_t num_topk, bool topk_is_int64, bool with_weights,
+                            int64_t num_local, int64_t num_ranks, py::object plan, py::object region,
+                            int64_t row_bytes, py::object dtype, const py::object& new_tensor,
+                            LowLatencyHandles& handles, const py::tuple& rows, const py::object& scales)
         : reader_(tensor_type, device_index),
           num_max_tokens_(num_max_tokens),
           hidden_(hidden),
@@ -283,8 +285,8 @@ class LowLatencyDispatchCalls {
           with_weights_(with_weights),
           num_local_(num_local),
           num_ranks_(num_ranks),
-          steps_(reader_, std::move(operations), LowLatencyOperations::kDispatch, std::move(plan),
-                 std::move(region), row_bytes, std::move(dtype), new_tensor),
+          steps_(reader_, operations, LowLatencyOperations::kDispatch, std::move(plan), std::move(region),
+                 row_bytes, std::move(dtype), new_tensor),
           handles_(handles) {
         received_.emplace_back(reader_, new_tensor, rows);
         if (!scales.is_none()) received_.emplace_back(reader_, new_tensor, scales.cast<py::tuple>());
@@ -339,7 +341,7 @@ class LowLatencyDispatchCalls {
                                                   recv_stats, wait_stats)));
         }
         return PyTuple_Pack(5, received.ptr(), small.count.ptr(), small.handle.ptr(),
-                            steps_.new_event().ptr(), hook.ptr());
+                            begun.operations->new_event().ptr(), hook.ptr());
     }
 
   private:
@@ -378,12 +380,12 @@ class LowLatencyCombineCalls {
     // num_groups, capacity: of the rows [L, R * M, H], by source [R, M, H]. places: where src_info, source_tokens, positions
     // and weights lie in the block of a handle, the last -1 where they are not used. out: strides and dtype for new_tensor.
     // ticket_dtype: of 8 bytes.
-    LowLatencyCombineCalls(std::shared_ptr<LowLatencyOperations> operations, const py::type& tensor_type,
-                           int device_index, int64_t num_groups, int64_t capacity, int64_t hidden,
-                           int64_t num_max_tokens, int64_t num_topk, bool topk_is_int64, bool expert_major,
-                           int64_t num_ranks, const py::tuple& places, py::object plan, py::object region,
-                           int64_t row_bytes, py::object new_tensor, const py::tuple& out,
-                           py::object ticket_dtype)
+    LowLatencyCombineCalls(const std::shared_ptr<LowLatencyOperations>& operations,
+                           const py::type& tensor_type, int device_index, int64_t num_groups,
+                           int64_t capacity, int64_t hidden, int64_t num_max_tokens, int64_t num_topk,
+                           bool topk_is_int64, bool expert_major, int64_t num_ranks, const py::tuple& places,
+                           py::object plan, py::object region, int64_t row_bytes, py::object new_tensor,
+                           const py::tuple& out, py::object ticket_dtype)
         : reader_(tensor_type, device_index),
           num_groups_(num_groups),
           capacity_(capacity),
@@ -397,8 +399,8 @@ class LowLatencyCombineCalls {
           source_tokens_at_(places[1].cast<Address>()),
           positions_at_(places[2].cast<Address>()),
           weights_at_(places[3].cast<int64_t>()),
-          steps_(reader_, std::move(operations), LowLatencyOperations::kCombine, std::move(plan),
-                 std::move(region), row_bytes, py::none(), std::move(new_tensor)),
+          steps_(reader_, operations, LowLatencyOperations::kCombine, std::move(plan), std::move(region),
+                 row_bytes, py::none(), std::move(new_tensor)),
           out_strides_(out[0]),
           out_dtype_(out[1]),
           ticket_dtype_(std::move(ticket_dtype)),
@@ -461,7 +463,7 @@ class LowLatencyCombineCalls {
         steps_.launch(call, begun, with_hook);
         if (with_hook)
             hook = steps_.hook(call, begun, owned(PyTuple_Pack(3, target.ptr(), ticket.ptr(), kept)));
-        return PyTuple_Pack(3, target.ptr(), steps_.new_event().ptr(), hook.ptr());
+        return PyTuple_Pack(3, target.ptr(), begun.operations->new_event().ptr(), hook.ptr());
     }
 
   private:
@@ -502,7 +504,7 @@ void bind_low_latency_calls(py::module_& m) {
             const LowLatencyHandles::Taken taken = self.take(stream, captured);
             return py::make_tuple(taken.count, taken.handle, taken.address);
         });
-    using Operations = std::shared_ptr<LowLatencyOperations>;
+    using Operations = const std::shared_ptr<LowLatencyOperations>&;
     py::class_<LowLatencyDispatchCalls> dispatch(m, "LowLatencyDispatchCalls");
     dispatch.def(py::init<Operations, const py::type&, int, int64_t, int64_t, int64_t, bool, bool, int64_t,
                           int64_t, Object, Object, int64_t, Object, const Object&, LowLatencyHandles&,

@@ -1,6 +1,8 @@
 """The host's side of low-latency kernels without a GPU: the region, outputs, hooks and what is launched."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -609,3 +611,21 @@ def test_hooks_of_a_destroyed_buffer_raise(ll):
     ll.close()
     with pytest.raises(BufferDestroyed, match="low_latency_dispatch"):
         hook()
+
+
+def test_nothing_outlives_a_buffer_that_was_dropped(monkeypatch):
+    """Not even where nobody closed it; but what a hook needs."""
+    install_fakes(monkeypatch)
+    kernels = FakeKernels()
+    ll, life = LowLatencyKernels(kernels, FakeLock(), TrafficStats(), 0.5), weakref.ref(kernels)
+    output, hook = dispatch(ll, dispatch_request(), True)
+    ll.combine(combine_request(output), False)
+    monkeypatch.setattr(FakePlan, "launches", [])
+    del kernels, ll, output
+    gc.collect()
+    assert life() is not None
+    hook()
+    monkeypatch.setattr(FakePlan, "launches", [])
+    del hook
+    gc.collect()
+    assert life() is None

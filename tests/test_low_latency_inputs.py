@@ -648,11 +648,14 @@ def test_wrong_arguments_of_native_methods_are_type_errors():
 
 def test_native_methods_keep_their_object():
     calls = dispatch_inputs()
-    run, life = calls.calls.try_run, weakref.ref(calls.plan)
+    run, world, life = calls.calls.try_run, calls.world, weakref.ref(calls.plan)
     del calls
     gc.collect()
     assert life() is not None
     assert run(*dispatch_tensors(), False) is not None
+    del world.operations  # which know calls, and are not kept by them
+    with pytest.raises(ValueError, match="operations are gone"):
+        run(*dispatch_tensors(), False)
     del run
     gc.collect()
     assert life() is None
