@@ -17,7 +17,7 @@ constexpr int kReceive = 2;  // LowLatencyPart of kernels/low_latency_launch.h
 
 template <class... Objects>
 PyObject* call(const py::object& function, Objects... arguments) {
-    PyObject* const given[] = {nullptr, arguments...};
+    PyObject* given[] = {nullptr, arguments...};  // the first is the callee's to use
     return PyObject_Vectorcall(function.ptr(), given + 1,
                                sizeof...(arguments) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
 }
