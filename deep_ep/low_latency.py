@@ -118,7 +118,8 @@ class LowLatencyMixin:
             expert_major: False, on all ranks: a token that any local expert wants comes once, and is not copied to a
                 row of each expert. The caller's grouped GEMMs read rows by an index, and the caller sums.
             out: recv_x of an earlier call like this one, or tensors of those shapes, dtypes and strides that begin at
-                multiples of 16 bytes, to write to and return. It saves the host the time for new ones.
+                multiples of 16 bytes, to write to and return; not those of a call whose hook is still to be called. It
+                saves the host the time for new ones.
 
         Returns:
             recv_x: bf16 [L, R * M, H], or (E4M3 [L, R * M, H], scales [L, R * M, H / 128] float32 or [..., H / 512]
@@ -147,8 +148,9 @@ class LowLatencyMixin:
         operation = "low_latency_dispatch"
         engine = self.runtime or self._engine(operation)
         kernels: LowLatencyKernels | None = engine.low_latency
-        if kernels is not None and not async_finish and not self._hooks:
-            taken = kernels.try_dispatch(
+        if kernels is not None and not self._hooks:
+            attempt = kernels.try_dispatch_aside if async_finish else kernels.try_dispatch
+            taken = attempt(
                 x,
                 topk_idx,
                 topk_weights,
@@ -168,7 +170,8 @@ class LowLatencyMixin:
                     self._portable_waits.pop(operation, None)
                 return taken
         kernels = self._kernels(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8)
-        inputs = (x, topk_idx, topk_weights, out)
+        stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+        inputs = (x, topk_idx, topk_weights, out, stats)
         with LowLatencyCall(engine, operation, kernels, inputs, async_finish, self._check_room) as call:
             check_finish(operation, async_finish, return_recv_hook)
             x = checks.check_tensor(x, "x", operation, dim=2, dtypes=[torch.bfloat16])
@@ -191,7 +194,6 @@ class LowLatencyMixin:
                 )
             scale_format = checked_scale_format(x.shape[1], use_fp8, round_scale, use_ue8m0)
             num_local = num_local_experts(num_experts, self.group_size, self.rank)
-            stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
             if stats[0] is not None:
                 name = "cumulative_local_expert_recv_stats"
                 check_stats(stats[0], name, operation, torch.int32, num_local, x.device)
@@ -272,9 +274,13 @@ class LowLatencyMixin:
         operation = "low_latency_combine"
         engine = self.runtime or self._engine(operation)
         kernels: LowLatencyKernels | None = engine.low_latency
-        if kernels is not None and not async_finish and not zero_copy and not self._hooks:
-            taken = kernels.try_combine(
-                x,
+        if kernels is not None and not self._hooks:
+            attempt = kernels.try_combine_aside if async_finish else kernels.try_combine
+            rows: object = x
+            if zero_copy:
+                rows = None if use_logfmt else self._filled_like(x)
+            taken = attempt(
+                rows,
                 topk_idx,
                 topk_weights,
                 handle,
@@ -285,6 +291,8 @@ class LowLatencyMixin:
                 return_recv_hook,
             )
             if taken is not None:
+                if zero_copy:
+                    self._combine_buffer = None
                 if self._portable_waits:
                     self._portable_waits.pop(operation, None)
                 return taken
@@ -292,7 +300,7 @@ class LowLatencyMixin:
             is_handle = isinstance(handle, (tuple, list)) and len(handle) == 5
             num_max, num_experts = (handle[2], handle[4]) if is_handle else (None, None)
             kernels = self._kernels(x, topk_idx, num_max, num_experts, False)
-        inputs = (x, topk_idx, topk_weights, handle)
+        inputs = (x, topk_idx, topk_weights, handle, combine_wait_recv_cost_stats)
         with LowLatencyCall(engine, operation, kernels, inputs, async_finish, self._check_room) as call:
             check_finish(operation, async_finish, return_recv_hook)
             src_info, layout_range, num_max, hidden, num_experts = self._unpacked(handle, operation)
@@ -354,7 +362,7 @@ class LowLatencyMixin:
             call.start()
             if kernels is not None:
                 hook = kernels.combine(request, return_recv_hook)
-                call.keep((out,))
+                call.keep((out, x))
             else:
                 masked = self._masks()
                 finish = portable_ll.combine(engine, request, masked, self._mask_timeout_s)
@@ -365,7 +373,7 @@ class LowLatencyMixin:
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """bf16 [L, R * M, H], or [R, M, H] after ``expert_major=False``, to write the experts' rows into, for the next
-        `low_latency_combine(zero_copy=True)`.
+        `low_latency_combine(zero_copy=True)`. Any contents.
 
         Raises:
             ConfigError: the handle is not one of a low-latency dispatch of this group.
@@ -374,7 +382,7 @@ class LowLatencyMixin:
         src_info, _, _, hidden, _ = self._unpacked(handle, "get_next_low_latency_combine_buffer")
         shape = (src_info.shape[0], src_info.shape[1], hidden)
         if self._combine_buffer is None or self._combine_buffer.shape != shape:
-            self._combine_buffer = torch.zeros(shape, dtype=torch.bfloat16, device=src_info.device)
+            self._combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=src_info.device)
         return self._combine_buffer
 
     # Rank masks.
@@ -533,6 +541,14 @@ class LowLatencyMixin:
             layout_range, "handle[1]", operation, dim=2, dtypes=[torch.int64], shape=ranges
         )
         return src_info, layout_range, num_max, hidden, num_experts
+
+    def _filled_like(self, x: object) -> torch.Tensor | None:
+        """The combine buffer, if x is such a tensor, as it has to be."""
+        buffer = self._combine_buffer
+        if buffer is None or not isinstance(x, torch.Tensor):
+            return None
+        is_like = (x.shape, x.dtype, x.device) == (buffer.shape, buffer.dtype, buffer.device)
+        return buffer if is_like else None
 
     def _filled_combine_buffer(self, shape: list[int]) -> torch.Tensor:
         buffer, self._combine_buffer = self._combine_buffer, None

@@ -129,7 +129,7 @@ class FakeKernels:
         self.rank, self.num_ranks = rank, num_ranks
         self.launches: dict[str, int] = {}
         self.failure: Exception | None = None
-        self.max_blocks = 66
+        self.max_blocks, self.aside = 66, FakeAside()
 
     def check(self) -> None:
         if self.failure is not None:
@@ -147,6 +147,26 @@ class FakeLock:
 
     def release(self) -> None:
         self.held -= 1
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *args: object) -> None:
+        self.release()
+
+
+class FakeAside:
+    """The stream of asynchronous operations: what was done with it, launches so far included."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[Any, ...]] = []
+
+    def enter(self, event: None) -> str:
+        self.done.append(("enter", event, len(FakePlan.launches)))
+        return "before"
+
+    def leave(self, before: str, *, join: bool) -> None:
+        self.done.append(("leave", before, join, len(FakePlan.launches)))
 
 
 def install_fakes(monkeypatch: Any) -> None:

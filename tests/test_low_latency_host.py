@@ -107,6 +107,68 @@ def test_a_dispatch_writes_to_given_tensors(world, options, expert_major):
     assert len(FakePlan.launches) == count
 
 
+def kept(event: deep_ep.EventOverlap) -> set[int]:
+    return {tensor.data_ptr() for tensor in event.extra_tensors}
+
+
+@pytest.mark.parametrize("is_like_one_before", [False, True])
+def test_asynchronous_calls(world, is_like_one_before):
+    """Beside the current stream, checked or like one before; the event keeps what the kernels use, statistics too."""
+    handle = empty_handle(world)
+    stats = torch.zeros(E, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    recv_x = dispatch(world)[0]
+    combine(world, handle)
+    done, num_launches = world.ll._kernels.aside.done, len(FakePlan.launches)
+    if not is_like_one_before:
+        world.ll._plans.clear()
+    named = {"cumulative_local_expert_recv_stats": stats[0], "dispatch_wait_recv_cost_stats": stats[1]}
+    for out in (None, recv_x):
+        received, count, handle, event, hook = dispatch(world, async_finish=True, out=out, **named)
+        assert (hook, isinstance(event.event, deep_ep.EventHandle)) == (None, True)
+        used = (world.x, world.idx, *received, count, handle[0], handle[1], *stats[:2])
+        assert {tensor.data_ptr() for tensor in used} <= kept(event)
+    assert out is None or received is out
+    calls = [("enter", None), ("leave", "before", False)]
+    # What is not like one before is found out beside the current stream.
+    assert [call[:-1] for call in done] == calls * (2 if is_like_one_before else 3)
+    assert [call[-1] - num_launches for call in done[-4:]] == [0, 1, 1, 2]
+    done.clear()
+    rows = world.buffer.get_next_low_latency_combine_buffer(handle)
+    for options in ({}, {"zero_copy": True}, {"out": torch.zeros_like(world.x)}):
+        given = {**options, "combine_wait_recv_cost_stats": stats[2]}
+        combined, event, hook = combine(world, handle, async_finish=True, **given)
+        assert (hook, isinstance(event.event, deep_ep.EventHandle)) == (None, True)
+        used = [combined, world.idx, world.weights, *handle[:2], stats[2], *([rows] if "zero_copy" in options else [])]
+        assert {tensor.data_ptr() for tensor in used} <= kept(event)
+    assert [call[:-1] for call in done] == calls * (3 if is_like_one_before else 4)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        dispatch(world, async_finish=True, return_recv_hook=True)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        combine(world, handle, async_finish=True, return_recv_hook=True)
+
+
+def test_zero_copy_calls_like_one_before(world, monkeypatch):
+    """They take the rows of the combine buffer, once, and skip the checks as others do."""
+    handle = empty_handle(world)
+    combine(world, handle)
+    x = torch.zeros((E, M, H), dtype=torch.bfloat16)
+    monkeypatch.setattr(world.ll, "combine", lambda *_: pytest.fail("it was checked in detail"))
+    for options in ({}, {"return_recv_hook": True}, {"async_finish": True}):
+        rows = world.buffer.get_next_low_latency_combine_buffer(handle)
+        hook = combine(world, handle, x=x, zero_copy=True, **options)[2]
+        assert FakePlan.launches[-1][1] == rows.data_ptr() != x.data_ptr()
+        if hook is not None:
+            hook()
+        with pytest.raises(ConfigError, match="get it anew"):
+            combine(world, handle, x=x, zero_copy=True, **options)
+    world.buffer.get_next_low_latency_combine_buffer(handle)
+    num_launches = len(FakePlan.launches)
+    for wrong in ({"use_logfmt": True}, {"x": x.float()}, {"x": x[:1]}, {"x": None}):
+        with pytest.raises(ConfigError):
+            combine(world, handle, **{"x": x, "zero_copy": True, **wrong})
+    assert len(FakePlan.launches) == num_launches
+
+
 def test_weights_may_go_with_the_dispatch(world):
     """In the first call and in later ones, contiguous or not; combine uses what came, unless home is to sum."""
     strided = torch.ones((2, 3)).t()

@@ -78,6 +78,12 @@ class Workload:
         self.received, self.combined = self.dispatch()[0], self.combine()[0]
         case.check_dispatch(self.dispatch(out=self.received), use_fp8)
         case.check_combine(self.combine(out=self.combined))
+        result = self.dispatch(async_finish=True)
+        result[3].current_stream_wait()
+        case.check_dispatch(result, use_fp8)
+        combined, event, _ = self.combine(async_finish=True)
+        event.current_stream_wait()
+        case.check_combine((combined,))
         case.world.barrier()
 
     # Calls with as little around them as a caller has, since the host's time is measured as well.
@@ -130,11 +136,15 @@ class Workload:
     def pair_by_source(self) -> Any:
         return self.combine_by_source(self.dispatch_by_source()[2])
 
-    def given_calls(self) -> list[tuple[str, str, Callable[[], Any]]]:
-        """Key, name and call of operations that make no outputs."""
+    def host_calls(self) -> list[tuple[str, str, Callable[[], Any]]]:
+        """Key, name and call of what only the host's time is taken of: calls that make no outputs, and asynchronous
+        ones."""
+        dispatch, combine = self.dispatch_call(async_finish=True), self.combine_call(async_finish=True)
         return [
             ("dispatch_out", "dispatch, out given", self.dispatch_call(out=self.received)),
             ("combine_out", "combine, out given", self.combine_call(out=self.combined)),
+            ("dispatch_async", "dispatch, asynchronous, with its events", lambda: dispatch()[3].current_stream_wait()),
+            ("combine_async", "combine, asynchronous, with its events", lambda: combine()[1].current_stream_wait()),
         ]
 
     def graph(self, pair: Callable[[], Any]) -> Callable[[], None]:
@@ -295,7 +305,7 @@ def measure_host(world: World, buffer: deep_ep.Buffer, args: argparse.Namespace)
     for form in args.formats:
         workload = Workload(buffer, case, form == "fp8")
         calls = [(row.key, row.name, row.call) for row in workload.rows()]
-        calls += workload.given_calls()
+        calls += workload.host_calls()
         calls.append(("torch", TORCH_NAME, torchs_part(workload.received)))
         times = world.rounds_in_turn([partial(world.host_microseconds, call) for _, _, call in calls])
         for (key, name, _), of_call in zip(calls, times, strict=True):

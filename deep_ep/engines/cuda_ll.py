@@ -20,9 +20,10 @@ import torch
 from .. import fp8
 from .._native import _C
 from ..errors import BufferDestroyed, ConfigError, PeerError
-from ..event import EventOverlap
+from ..event import EventHandle, EventOverlap
 from ..traffic import TrafficStats
 from .aside import Aside
+from .calls import tensors_in
 from .low_latency_call import ReceiveHook, check_num_outstanding
 from .low_latency_plans import PLACES, Handle, Plans
 from .low_latency_regions import Launcher, Regions
@@ -62,7 +63,7 @@ class LowLatencyKernels:
     """
 
     def __init__(self, kernels: Launcher, lock: Any, traffic: TrafficStats, mask_after_s: float = 0.0) -> None:
-        self._kernels = kernels
+        self._kernels, self._lock = kernels, lock
         self.device, self.rank, self.num_ranks = kernels.device, kernels.rank, kernels.num_ranks
         self.masked = torch.zeros(self.num_ranks, dtype=torch.int32, device=self.device)
         self._waits = torch.zeros((2, self.num_ranks), dtype=torch.int64, device=self.device)
@@ -117,6 +118,39 @@ class LowLatencyKernels:
         )
 
     # Operations.
+
+    def try_dispatch_aside(self, *arguments: Any) -> Dispatched | None:
+        """`try_dispatch` asynchronously, on the communication stream; the event keeps all tensors of the call."""
+        done = self._try_aside(self.try_dispatch, arguments)
+        if done is None:
+            return None
+        (recv_x, count, handle), event = done
+        return recv_x, count, handle, event, None
+
+    def try_combine_aside(self, *arguments: Any) -> Combined | None:
+        """`try_combine`, likewise."""
+        done = self._try_aside(self.try_combine, arguments)
+        return None if done is None else (done[0][0], done[1], None)
+
+    def _try_aside(
+        self, attempt: Callable[..., tuple[Any, ...] | None], arguments: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], EventOverlap] | None:
+        """What an attempt made, without the event and the hook, and the event that the caller gets."""
+        if arguments[-1]:  # with a hook, which no asynchronous call has
+            return None
+        with self._lock:
+            if self.current_device() != self.index:
+                return None
+            aside = self.aside
+            before = aside.enter(None)
+            try:
+                done = attempt(*arguments)
+                if done is None:
+                    return None
+                made = done[:-2]
+                return made, EventOverlap(EventHandle(), tuple(tensors_in((arguments, made))))
+            finally:
+                aside.leave(before, join=False)
 
     def dispatch(self, request: LowLatencyDispatch, with_hook: bool) -> Dispatched:
         """Send tokens and receive those of all ranks, on the current stream.
