@@ -140,11 +140,18 @@ class Workload:
         """Key, name and call of what only the host's time is taken of: calls that make no outputs, and asynchronous
         ones."""
         dispatch, combine = self.dispatch_call(async_finish=True), self.combine_call(async_finish=True)
+
+        def dispatch_aside() -> None:
+            dispatch()[3].current_stream_wait()
+
+        def combine_aside() -> None:
+            combine()[1].current_stream_wait()
+
         return [
             ("dispatch_out", "dispatch, out given", self.dispatch_call(out=self.received)),
             ("combine_out", "combine, out given", self.combine_call(out=self.combined)),
-            ("dispatch_async", "dispatch, asynchronous, with its events", lambda: dispatch()[3].current_stream_wait()),
-            ("combine_async", "combine, asynchronous, with its events", lambda: combine()[1].current_stream_wait()),
+            ("dispatch_async", "dispatch, asynchronous, with its events", dispatch_aside),
+            ("combine_async", "combine, asynchronous, with its events", combine_aside),
         ]
 
     def graph(self, pair: Callable[[], Any]) -> Callable[[], None]:
