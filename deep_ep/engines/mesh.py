@@ -95,6 +95,8 @@ def members_of(group: dist.ProcessGroup | None, comm: MpiLikeComm | None) -> Mem
     rank, size = dist.get_rank(group), dist.get_world_size(group)
 
     def gather(obj: Any) -> list[Any]:
+        if size == 1:
+            return [obj]
         out: list[Any] = [None] * size
         dist.all_gather_object(out, obj, group=group)
         return out
