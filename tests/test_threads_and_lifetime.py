@@ -154,8 +154,10 @@ def test_two_threads(same_buffer):
     run_ranks(2, run_threads, same_buffer)
 
 
+# The pause: a thread of torch's gloo that lets go of a collective's tensors only while the interpreter ends aborts the
+# process. Without this library one of 222 processes that ended right after `all_gather_object` did.
 SCRIPT = """
-import sys, torch, torch.distributed as dist, deep_ep
+import sys, time, torch, torch.distributed as dist, deep_ep
 rank, size = int(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=size)
 buffer = deep_ep.Buffer(dist.group.WORLD{arguments})
@@ -163,6 +165,7 @@ idx = torch.arange(size).view(1, size)
 layout = buffer.get_dispatch_layout(idx, size)
 out = buffer.dispatch(torch.zeros(1, 16), None, layout[0], layout[1], layout[3], layout[2], idx, torch.ones(1, size))
 buffer.combine(out[0], out[4])
+time.sleep(0.3)
 {end}
 dist.destroy_process_group()
 print("done", flush=True)
